@@ -1,0 +1,154 @@
+"""Questions about a shapes scene and their answers: one or two wordings a kind, because small models learn from them.
+
+Coordinates follow Ovis2.5's grounding text: shares of the picture with three decimals in [0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+
+from .boxes import format_box, format_point
+
+KINDS = {"find": 4.0, "list": 3.0, "point": 1.0, "reverse": 1.0, "count": 1.0, "compare": 1.0, "read": 1.0}
+
+BOX_REQUEST = "Please provide the bounding box coordinates."
+POINT_REQUEST = "Please provide the point coordinates."
+CLEAR_DISTANCE = 4 / 64  # centres closer than this along an axis are not asked about: nobody could say
+CLEAR_SIDE = 3 / 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """`crop` is the box in pixels (x1, y1, x2, y2) of the picture that the answer's `<image>` shows, if it has one."""
+
+    kind: str
+    text: str
+    answer: str
+    crop: tuple[float, float, float, float] | None = None
+
+
+def check_kinds(kinds: Mapping[str, float] | None) -> dict[str, float]:
+    """The weights in use, those of 0 left out.
+
+    Raises:
+        ValueError: an unknown kind, a negative weight, or nothing left.
+    """
+    kinds = dict(KINDS if kinds is None else kinds)
+    for kind, weight in kinds.items():
+        if kind not in KINDS:
+            raise ValueError(f"shapes: unknown kind {kind!r} in kinds, give some of {', '.join(KINDS)}.")
+        if weight < 0:
+            raise ValueError(f"shapes: kinds gives {kind!r} the weight {weight}, give 0 or more.")
+    kinds = {kind: float(weight) for kind, weight in kinds.items() if weight > 0}
+    if not kinds:
+        raise ValueError("shapes: every kind in kinds has weight 0, give at least one a positive weight.")
+    return kinds
+
+
+def ask(rng: Random, objects, kinds: Mapping[str, float], turns: tuple[int, int], size: int, grid: int) -> list[Question]:
+    """Different questions about one scene, at most turns[1] of them; [] if none of the kinds can be asked.
+
+    An object is the target of at most one of find, point and reverse, and list comes last, so that few answers
+    can be copied from an earlier turn instead of being seen.
+    """
+    wanted = rng.randint(*turns)
+    weights, free, questions = dict(kinds), list(objects), []
+    rng.shuffle(free)
+    while len(questions) < wanted and weights:
+        kind = rng.choices(list(weights), list(weights.values()))[0]
+        question = _one(kind, rng, objects, free, size, grid)
+        if question is None or question.text in {q.text for q in questions}:
+            del weights[kind]  # cannot be asked here, or not again
+            continue
+        if kind == "list":
+            del weights[kind]
+        questions.append(question)
+    return sorted(questions, key=lambda q: q.kind == "list")
+
+
+def reading_order(objects) -> list:
+    """Top to bottom by the middle of the box, then left to right."""
+    return sorted(objects, key=lambda o: (o.box[1] + o.box[3], o.box[0] + o.box[2]))
+
+
+def located(item) -> str:
+    return f"<ref>{item.name}</ref>{format_box(item.box)}"
+
+
+def centre(item, grid: int) -> tuple[float, float]:
+    """The middle of the box on the grid; half a unit is rounded down."""
+    x1, y1, x2, y2 = (round(edge * grid) for edge in item.box)
+    return (x1 + x2) // 2 / grid, (y1 + y2) // 2 / grid
+
+
+def _one(kind: str, rng: Random, objects, free: list, size: int, grid: int) -> Question | None:
+    """One question of this kind, or None where the scene has none; takes its target out of `free`."""
+    if kind == "list":
+        return Question(kind, f"List every object. {BOX_REQUEST}", "\n".join(map(located, reading_order(objects))))
+    if kind == "count":
+        return _count(rng, objects)
+    if kind == "compare":
+        return _compare(rng, objects)
+    if kind == "read":
+        return _read(rng, objects, size)
+    if not free:
+        return None
+    item = free.pop()
+    if kind == "find":
+        return Question(kind, f"Find the <ref>{item.name}</ref>. {BOX_REQUEST}", located(item))
+    point = format_point(centre(item, grid))
+    if kind == "point":
+        return Question(kind, f"Find the <ref>{item.name}</ref>. {POINT_REQUEST}", f"<ref>{item.name}</ref>{point}")
+    if rng.random() < 0.5:
+        return Question(kind, f"What is at {point}?", item.name)
+    return Question(kind, f"What is in {format_box(item.box)}?", item.name)
+
+
+def _count(rng: Random, objects) -> Question:
+    # one object's half gives an answer of 1 or more; mixing the halves of two still makes sense of the picture
+    item = rng.choice(objects)
+    if rng.random() < 0.5:
+        number = sum(o.colour == item.colour for o in objects)
+        return Question("count", f"How many {item.colour} shapes are there?", str(number))
+    number = sum(o.shape == item.shape for o in objects)
+    plural = item.shape + ("es" if item.shape.endswith("s") else "s")
+    return Question("count", f"How many {plural} are there?", str(number))
+
+
+def _compare(rng: Random, objects) -> Question | None:
+    """Left, right, above, below (yes or no) or which is larger, where the difference is plain to see."""
+    if len(objects) < 2:
+        return None
+    first, second = rng.sample(list(objects), 2)
+    sideways = (first.box[0] + first.box[2] - second.box[0] - second.box[2]) / 2
+    down = (first.box[1] + first.box[3] - second.box[1] - second.box[3]) / 2
+    larger = (first.box[2] - first.box[0]) - (second.box[2] - second.box[0])
+    possible = []
+    if abs(sideways) >= CLEAR_DISTANCE:
+        possible += [("left of", sideways < 0), ("right of", sideways > 0)]
+    if abs(down) >= CLEAR_DISTANCE:
+        possible += [("above", down < 0), ("below", down > 0)]
+    if abs(larger) >= CLEAR_SIDE:
+        possible += [("larger", larger > 0)] * 2
+    relation, true = rng.choice(possible)  # never empty: objects do not overlap, so one axis parts them
+    if relation == "larger":
+        text = f"Which is larger, the {first.name} or the {second.name}?"
+        return Question("compare", text, first.name if true else second.name)
+    return Question("compare", f"Is the {first.name} {relation} the {second.name}?", "Yes" if true else "No")
+
+
+def _read(rng: Random, objects, size: int) -> Question | None:
+    """A label, read in a crop of the whole object from the full picture."""
+    labelled = [o for o in objects if o.label is not None]
+    if not labelled:
+        return None
+    item = rng.choice(labelled)
+    noun = "digit" if item.label.isdigit() else "letter"
+    crop = tuple(round(edge * size) for edge in item.box)
+    call = f"<tool_call>Crop [{','.join(map(str, crop))}]</tool_call><image>"
+    thought = f"<think>\nThe {noun} is small, so I look closer.\n{call}\nThe {noun} is {item.label}.\n</think>"
+    return Question(
+        "read", f"Which {noun} is printed on the {item.name}?", f"{thought}\n\n<answer>{item.label}</answer>", crop
+    )
