@@ -1,0 +1,288 @@
+"""Record: one conversation with its pictures, whatever file it came from.
+
+    record = Record.from_dict({"image": "cat.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]})
+
+A record that exists is sound: its turns and its pictures have been checked against each other, so
+nothing after this point counts placeholders again. Pictures are references; `ovisnb.data.media`
+opens them. All objects are frozen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any, Literal, get_args
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ovisnb.data import boxes
+
+Role = Literal["system", "human", "gpt", "ignored_gpt"]
+ROLES: tuple[str, ...] = get_args(Role)
+IMAGE, VIDEO = "<image>", "<video>"
+
+# What other formats call our roles: closer in meaning than anything spelling could tell.
+_OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt"}
+# Keys of a data file with a meaning here; every other key is kept in `meta`.
+_KEYS = ("id", "image", "video", "kind", "conversations")
+
+
+class RecordError(ValueError):
+    """Something is wrong with the data: one sentence that names the record and what to do."""
+
+
+class _Frozen(BaseModel):
+    """A frozen model whose errors are one sentence (pydantic's own report takes several lines)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as report:
+            raise RecordError(_sentence(report, tuple(type(self).model_fields))) from None
+
+
+class Media(_Frozen):
+    """One picture or video frame: a file or a PIL image, or a crop of it."""
+
+    path: str | None = None
+    image: Image.Image | None = None
+    box: tuple[float, float, float, float] | None = None
+    """x1, y1, x2, y2 in pixels of the original: this picture is that crop."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path_as_text(cls, path: Any) -> Any:
+        return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+    @field_validator("box", mode="before")
+    @classmethod
+    def _box_is_a_box(cls, box: Any) -> Any:
+        numbers = isinstance(box, (list, tuple)) and all(isinstance(number, (int, float)) for number in box)
+        return tuple(boxes.checked(box)) if numbers else box  # pydantic refuses whatever is no list of numbers
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Media:
+        if (self.path is None) == (self.image is None):
+            raise ValueError("a picture needs either a path or an image (not both)")
+        if self.path is not None and not self.path.strip():
+            raise ValueError("a picture's path is empty")
+        return self
+
+    @classmethod
+    def from_entry(cls, entry: Any) -> Media:
+        """From an entry of `image` or `video`: a path, a PIL image, or a dict of this class's fields."""
+        if isinstance(entry, (str, os.PathLike)):
+            return cls(path=entry)
+        if isinstance(entry, Image.Image):
+            return cls(image=entry)
+        if isinstance(entry, Mapping):
+            return cls(**entry)
+        raise RecordError(
+            f'a picture is a path, {{"path": ..., "box": [x1, y1, x2, y2]}} or a PIL image, not {_kind_of(entry)}'
+        )
+
+    def to_entry(self) -> Any:
+        """The shortest entry that `from_entry` reads back to this."""
+        origin = self.image if self.path is None else self.path
+        if self.box is None:
+            return origin
+        return {"image" if self.path is None else "path": origin, "box": list(self.box)}
+
+
+class Turn(_Frozen):
+    """One turn of a conversation; `<image>` and `<video>` may stand anywhere in the text."""
+
+    role: Role
+    text: str
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _known_role(cls, role: Any) -> Any:
+        if role in ROLES:
+            return role
+        near = _OTHER_NAMES.get(role) if isinstance(role, str) else None
+        near = near or next(iter(difflib.get_close_matches(str(role).lower(), ROLES, 1)), None)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise ValueError(f"the role {role!r} is unknown: use {', '.join(ROLES[:-1])} or {ROLES[-1]}{hint}")
+
+    @field_validator("text")
+    @classmethod
+    def _text_says_something(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("its text is empty: fill it or drop the turn")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"its text holds half a character (a lone surrogate) at position {error.start}: write it as UTF-8"
+            ) from None
+        return text
+
+
+class Record(_Frozen):
+    """One conversation.
+
+    `images` stand in the order of their `<image>` placeholders over all turns; `video` is the frames
+    of the one video behind `<video>`. `source` says where the record came from ("train.json:12",
+    "shapes:7"); `meta` keeps every other field of the data as it was.
+    """
+
+    id: str
+    turns: list[Turn]
+    images: list[Media] = Field(default_factory=list)
+    video: list[Media] | None = None
+    kind: str | None = None
+    source: str = ""
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _pieces_match(self) -> Record:
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"{_where(self.id, self.source)}: {problem}")
+        return self
+
+    def _problem(self) -> str | None:
+        if not self.turns:
+            return "the conversation has no turns: `conversations` needs at least one"
+        if self.video is not None and not self.video:
+            return "`video` has no frames: list them or leave `video` out"
+        taken = [key for key in self.meta if key in _KEYS]
+        if taken:
+            return f"`meta` may not hold {taken[0]!r}, which is a field of its own"
+        images = sum(turn.text.count(IMAGE) for turn in self.turns)
+        if images != len(self.images):
+            return (
+                f"the turns hold {images} {IMAGE} but `image` lists {len(self.images)} "
+                f"{'picture' if len(self.images) == 1 else 'pictures'}: {self._image_advice(images)}"
+            )
+        videos = sum(turn.text.count(VIDEO) for turn in self.turns)
+        if videos != (self.video is not None):
+            advice = "remove `video` or" if self.video is not None else "list the frames in `video` or"
+            have = "has one" if self.video is not None else "has none"
+            return f"the turns hold {videos} {VIDEO} but the record {have}: {advice} make the two match"
+        return None
+
+    def _image_advice(self, images: int) -> str:
+        misspelt = difflib.get_close_matches("image", self.meta, 1, 0.8)
+        if misspelt and not self.images:
+            return f"the key is `image`, not `{misspelt[0]}`"
+        if images < len(self.images):
+            return f"write {IMAGE} in the text where each picture belongs, or drop a picture"
+        if any(f"</tool_call>{IMAGE}" in turn.text for turn in self.turns):
+            return (
+                f"the {IMAGE} after a crop call needs its own entry "
+                'in `image`, such as {"path": "a.jpg", "box": [x1, y1, x2, y2]}'
+            )
+        return f"list one picture for each {IMAGE}, in order"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "", index: int = 0) -> Record:
+        """From the dict of a data file (keys `id`, `image`, `video`, `kind`, `conversations`).
+
+        `source` and `index` name a record without an id: "train.json:12" and 3 make "train-3".
+        Raises RecordError, one sentence naming the record, the source and the turn or picture.
+        """
+        if not isinstance(data, Mapping):
+            raise RecordError(f"{_where(None, source)}: a record is an object with `conversations`, not {_kind_of(data)}")
+        name = data.get("id")
+        if name is None:
+            name = f"{_stem(source)}-{index}"
+        elif isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise RecordError(f"{_where(None, source)}: `id` is text or a whole number, not {_kind_of(name)}")
+        where = _where(str(name), source)
+        fields = {
+            "id": str(name),
+            "turns": _read_turns(data, where),
+            "images": _read_media(data, "image", where) or [],
+            "video": _read_media(data, "video", where),
+            "meta": {key: value for key, value in data.items() if key not in _KEYS},
+        }
+        kind = data.get("kind")
+        if not (kind is None or isinstance(kind, str)):
+            raise RecordError(f"{where}: `kind` is text, not {_kind_of(kind)}")
+        return cls(**fields, kind=kind, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict `from_dict` reads back; `source` is not in it (it belongs to the file)."""
+        data: dict[str, Any] = {"id": self.id}
+        if self.images:
+            entries = [media.to_entry() for media in self.images]
+            data["image"] = entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
+        if self.video is not None:
+            data["video"] = [media.to_entry() for media in self.video]
+        if self.kind is not None:
+            data["kind"] = self.kind
+        data["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
+        return {**data, **self.meta}
+
+
+def _read_turns(data: Mapping[str, Any], where: str) -> list[Turn]:
+    if "conversations" not in data:
+        raise RecordError(f"{where}: the key `conversations` is missing")
+    if not isinstance(data["conversations"], (list, tuple)):
+        raise RecordError(f"{where}: `conversations` is a list of turns, not {_kind_of(data['conversations'])}")
+    turns = []
+    for number, turn in enumerate(data["conversations"], start=1):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise RecordError(f'{where}: turn {number} is not of the form {{"from": role, "value": text}}')
+        if not isinstance(turn["value"], str):
+            raise RecordError(f"{where}: turn {number}: its value is text, not {_kind_of(turn['value'])}")
+        try:
+            turns.append(Turn(role=turn["from"], text=turn["value"]))
+        except RecordError as error:
+            raise RecordError(f"{where}: turn {number}: {error}") from None
+    return turns
+
+
+def _read_media(data: Mapping[str, Any], key: str, where: str) -> list[Media] | None:
+    entries = data.get(key)
+    if entries is None:
+        return None
+    if not isinstance(entries, (list, tuple)):
+        if key == "video":
+            raise RecordError(f"{where}: `video` is a list of frames (picture files), not {_kind_of(entries)}")
+        entries = [entries]
+    media = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            media.append(Media.from_entry(entry))
+        except RecordError as error:
+            raise RecordError(f"{where}: entry {number} of `{key}`: {error}") from None
+    return media
+
+
+def _where(name: str | None, source: str) -> str:
+    """ "record 'cat-1' (train.json:12)", or as much of it as is known."""
+    if name is None:
+        return source or "a record"
+    return f"record {name!r}" + (f" ({source})" if source else "")
+
+
+def _stem(source: str) -> str:
+    return PurePath(source.rpartition(":")[0] or source).stem or "record"
+
+
+def _kind_of(value: Any) -> str:
+    """What `value` is, in JSON's words where it has one."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"the number {value}"
+    return names.get(type(value), type(value).__name__)
+
+
+def _sentence(report: ValidationError, fields: tuple[str, ...]) -> str:
+    """The first problem of a pydantic report about a model with these fields, as one sentence."""
+    first = report.errors(include_url=False)[0]
+    if first["type"] == "value_error":  # raised by our own validators: already a sentence
+        return str(first["ctx"]["error"])
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"the key `{field}` is unknown here: use {', '.join(fields[:-1])} or {fields[-1]}"
+    return f"`{field}`: {first['msg'][:1].lower()}{first['msg'][1:]}"
