@@ -1,0 +1,104 @@
+"""One settings object from a file, flags or a dict: the same names, the same result, one-sentence errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ovisnb.train import Settings, SettingsError
+
+
+def test_file_flags_and_dict_agree(tmp_path):
+    values = {"model_path": "m", "data_path": ["a.json", "b.json"], "bf16": True, "learning_rate": 1e-4,
+              "train_modules": "visual_tokenizer.head|vte", "save_total_limit": None, "max_steps": 7}
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(values))
+    flags = ["--model_path", "m", "--data_path", "a.json", "b.json", "--bf16", "--learning_rate=1e-4",
+             "--train_modules", "visual_tokenizer.head|vte", "--save_total_limit", "none", "--max_steps", "7"]
+    settings = Settings.from_dict(values)
+    assert settings.bf16 is True and settings.learning_rate == 1e-4 and settings.max_steps == 7
+    assert Settings.from_json(file) == settings
+    assert Settings.from_args(flags) == settings
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps({"num_epochs": 3, "bf16": True, "output_dir": "here"}))
+    settings = Settings.from_args([str(file), "--num_train_epochs", "1", "--bf16", "false"])
+    assert (settings.num_train_epochs, settings.bf16, settings.output_dir) == (1.0, False, "here")
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value", "kept"),
+    [
+        ("model_name", "model_path", "AIDC-AI/Ovis2.5-9B", "AIDC-AI/Ovis2.5-9B"),
+        ("ovis_pretrained_path", "model_path", "m", "m"),
+        ("sft_model_path", "model_path", "m", "m"),
+        ("train_data", "data_path", "train.jsonl", ["train.jsonl"]),
+        ("val_data", "eval_data_path", "val.jsonl", ["val.jsonl"]),
+        ("image_base_path", "image_folder", "images", "images"),
+        ("sft_output_dir", "output_dir", "out", "out"),
+        ("num_epochs", "num_train_epochs", 3, 3.0),
+        ("batch_size", "per_device_train_batch_size", 4, 4),
+    ],
+)
+def test_earlier_names(alias, name, value, kept):
+    assert getattr(Settings.from_dict({alias: value}), name) == kept
+
+
+def test_two_names_of_one_setting():
+    assert Settings.from_dict({"model_path": "m", "ovis_pretrained_path": "m"}).model_path == "m"
+    with pytest.raises(SettingsError, match="'model_path' and 'ovis_pretrained_path' mean the same .*'m' and 'n'"):
+        Settings.from_dict({"model_path": "m", "ovis_pretrained_path": "n"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "Unknown setting 'learning_rat': did you mean 'learning_rate'"),
+        ({"freeze_vision": True}, "did you mean 'freeze_vision_tower'"),
+        ({"lora_r": 8}, "Unknown setting 'lora_r'"),
+        ({"deepspeed": "zero2.json"}, "Unknown setting 'deepspeed'"),
+        ({"learning_rate": "fast"}, "'learning_rate' cannot be 'fast'"),
+        ({"max_steps": 2.5}, "'max_steps' cannot be 2.5"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"bf16": "perhaps"}, "'bf16' cannot be 'perhaps'"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 are both on"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_ratio and warmup_steps are both given"),
+        ({"video_min_pixels": 900, "video_max_pixels": 400}, "video_min_pixels 900 is above video_max_pixels 400"),
+        ({"train_modules": "llm:1e-5|vte"}, "a learning rate per module is not available yet"),
+        ({"train_modules": "vision"}, "is no module; the modules are all, llm"),
+        ({"train_modules": "llm|vte", "freeze_llm": True}, "freeze_llm contradicts train_modules"),
+        ({"data_type": "caption"}, '"conversation" is the only type'),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(values, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        Settings.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rate"], "--learning_rate needs a value"),
+        (["--output_dir", "a", "b"], "--output_dir takes one value, not 2"),
+        (["--learning_rte", "1"], "did you mean 'learning_rate'"),
+        (["missing.json"], "no settings file missing.json"),
+    ],
+)
+def test_bad_flags(argv, message):
+    with pytest.raises(SettingsError, match=message):
+        Settings.from_args(argv)
+
+
+def test_broken_file_names_the_line(tmp_path):
+    file = tmp_path / "sft.json"
+    file.write_text('{\n"bf16": true,\n"fp16" false}')
+    with pytest.raises(SettingsError, match="line 3"):
+        Settings.from_json(file)
+    file.write_text("[1]")
+    with pytest.raises(SettingsError, match="not a list"):
+        Settings.from_json(file)
