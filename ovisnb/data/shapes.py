@@ -232,11 +232,12 @@ class RecordMaker:
 
 
 def texts(count: int, seed: int = 0, **options) -> Iterator[str]:
-    """The words of `count` training records without their pictures: what a tokenizer is trained on."""
+    """Role and words of every turn of `count` training records, without pictures: what a tokenizer is trained on."""
     maker = RecordMaker("train", seed, **options)
     for index in range(count):
         for question in maker.plan(index)[1]:
-            yield f"{question.text}\n{question.answer}"
+            yield f"user\n{question.text}"
+            yield f"assistant\n{question.answer}"
 
 
 # ---------------------------------------------------------------- layout

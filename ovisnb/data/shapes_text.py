@@ -107,7 +107,7 @@ def _one(kind: str, rng: Random, objects, free: list, size: int, grid: int) -> Q
 
 
 def _count(rng: Random, objects) -> Question:
-    # one object's half gives an answer of 1 or more; mixing the halves of two still makes sense of the picture
+    """How many share the colour or the shape of one of them; never 0."""
     item = rng.choice(objects)
     if rng.random() < 0.5:
         number = sum(o.colour == item.colour for o in objects)

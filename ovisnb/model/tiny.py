@@ -93,6 +93,8 @@ def _as_qwen2(tokenizer: Tokenizer, added: list[AddedToken], model_max_length: i
     """The same tokenizer as transformers' Qwen2 class, by way of the files of a Qwen folder.
 
     The class's own constructor would put its end token before all other added tokens; loading keeps every id.
+    `additional_special_tokens` stays unset: the entries say themselves which of them are special, and transformers 5
+    would save it in a form that stops transformers 4 from opening the folder.
     """
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -108,7 +110,6 @@ def _as_qwen2(tokenizer: Tokenizer, added: list[AddedToken], model_max_length: i
             }
             for token in added
         },
-        "additional_special_tokens": list(QWEN3_SPECIAL[1:]),
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
