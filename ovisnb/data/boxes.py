@@ -64,9 +64,7 @@ def clip(box: Sequence[float], size: tuple[float, float] = (1, 1)) -> Box:
     """
     width, height = size
     x1, y1, x2, y2 = box
-    return Box(
-        min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)
-    )
+    return Box(min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height))
 
 
 def crop_bounds(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:

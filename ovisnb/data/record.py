@@ -28,7 +28,7 @@ IMAGE, VIDEO = "<image>", "<video>"
 # What other formats call our roles: closer in meaning than anything spelling could tell.
 _OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt"}
 # Keys of a data file with a meaning here; every other key is kept in `meta`.
-_KEYS = ("id", "image", "video", "kind", "conversations")
+FIELDS = ("id", "image", "video", "kind", "conversations")
 
 
 class RecordError(ValueError):
@@ -153,7 +153,7 @@ class Record(_Frozen):
             return "the conversation has no turns: `conversations` needs at least one"
         if self.video is not None and not self.video:
             return "`video` has no frames: list them or leave `video` out"
-        taken = [key for key in self.meta if key in _KEYS]
+        taken = [key for key in self.meta if key in FIELDS]
         if taken:
             return f"`meta` may not hold {taken[0]!r}, which is a field of its own"
         images = sum(turn.text.count(IMAGE) for turn in self.turns)
@@ -190,7 +190,9 @@ class Record(_Frozen):
         Raises RecordError, one sentence naming the record, the source and the turn or picture.
         """
         if not isinstance(data, Mapping):
-            raise RecordError(f"{_where(None, source)}: a record is an object with `conversations`, not {_kind_of(data)}")
+            raise RecordError(
+                f"{_where(None, source)}: a record is an object with `conversations`, not {_kind_of(data)}"
+            )
         name = data.get("id")
         if name is None:
             name = f"{_stem(source)}-{index}"
@@ -202,7 +204,7 @@ class Record(_Frozen):
             "turns": _read_turns(data, where),
             "images": _read_media(data, "image", where) or [],
             "video": _read_media(data, "video", where),
-            "meta": {key: value for key, value in data.items() if key not in _KEYS},
+            "meta": {key: value for key, value in data.items() if key not in FIELDS},
         }
         kind = data.get("kind")
         if not (kind is None or isinstance(kind, str)):
