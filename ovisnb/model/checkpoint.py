@@ -1,0 +1,222 @@
+"""Opening and saving checkpoints: the native layout and the released one, safetensors only, no code from a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from .configuration import Ovis2_5Config
+from .image_processing import Ovis2_5ImageProcessor
+from .modeling import Ovis2_5ForConditionalGeneration
+from .processing import VISUAL_TOKENS, Ovis2_5Processor
+from .released import RELEASED_TO_NATIVE, native_config, write_released
+
+
+class CheckpointError(ValueError):
+    """A path or hub id that is not a checkpoint that can be opened."""
+
+
+def load(
+    path_or_id: str | os.PathLike,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Ovis2_5ForConditionalGeneration, Ovis2_5Processor]:
+    """Model (in evaluation mode) and processor of a native folder, a released-layout folder or a hub id.
+
+    Args:
+        dtype: of the weights; None keeps the checkpoint's own.
+        device: None means the CPU.
+        attn_implementation: "sdpa" (default), "eager" or "flash_attention_2" (needs the flash-attn package).
+
+    Never runs Python from the folder and never unpickles. Raises CheckpointError if there is no Ovis2.5
+    checkpoint, or if its tensors are not exactly the model's.
+    """
+    raw, config = read_config(path_or_id)
+    released = "llm_config" in raw
+    processor = load_processor(path_or_id)
+    if released:  # its config.json does not know the native placeholders
+        ids = processor.visual_ids
+        config.image_token_id = ids.atom
+        config.image_start_token_id, config.image_end_token_id = ids.image_start, ids.image_end
+        config.video_start_token_id, config.video_end_token_id = ids.video_start, ids.video_end
+    check_token_ids(path_or_id, config, processor)
+    try:
+        model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
+            path_or_id,
+            config=config,
+            key_mapping=RELEASED_TO_NATIVE if released else None,
+            use_safetensors=True,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path_or_id} has no readable safetensors weights ({_first_line(error)}); convert .bin files to safetensors "
+            "with a tool you trust, or copy the folder again."
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path_or_id}: the weights do not fit config.json ({_first_line(error)}); both must come from one checkpoint."
+        ) from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names and kind != "error_msgs"}
+    if wrong:
+        told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
+        raise CheckpointError(f"{path_or_id}: the tensors are not those of its config.json ({told}).")
+    # The names were translated once, on the way in; saving writes native names.
+    model._weight_conversions = None
+    model.generation_config = generation_defaults(path_or_id, model.config, processor.tokenizer)
+    if device is not None:
+        model.to(device)
+    return model.eval(), processor
+
+
+def load_processor(path_or_id: str | os.PathLike) -> Ovis2_5Processor:
+    """The processor alone, without touching the weights. Raises CheckpointError as `load` does."""
+    raw, config = read_config(path_or_id)
+    tokenizer = load_tokenizer(path_or_id, config)
+    add_visual_tokens(tokenizer)
+    vision = config.vision_config
+    # Released defaults: 1344*1792 for the 2B model, 1792*1792 for the 9B one (hidden size 4096).
+    limits = {"max_pixels": 1792 * 1792 if config.hidden_size >= 4096 else 1344 * 1792}
+    saved = read_json(path_or_id, "processor_config.json").get("image_processor", {}) | read_json(
+        path_or_id, "preprocessor_config.json"
+    )
+    limits |= {key: saved[key] for key in ("min_pixels", "max_pixels", "image_mean", "image_std") if key in saved}
+    image_processor = Ovis2_5ImageProcessor(
+        patch_size=vision.patch_size,
+        hidden_stride=vision.hidden_stride,
+        temporal_patch_size=vision.temporal_patch_size,
+        **limits,
+    )
+    # The released template gives the same ids as ours but is not ours to run; a native folder keeps its own.
+    template = None
+    if "llm_config" not in raw and (file := find_file(path_or_id, "chat_template.jinja")):
+        template = Path(file).read_text(encoding="utf-8")
+    return Ovis2_5Processor(image_processor, tokenizer, chat_template=template)
+
+
+def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, path, layout: str = "native") -> Path:
+    """Write a checkpoint folder, which appears whole or not at all; an existing folder is replaced.
+
+    Args:
+        layout: "native" for transformers, "released" for the released remote code, vLLM and ms-swift.
+
+    Raises ValueError for another layout, or for a released layout of a language model that is not Qwen3.
+    """
+    if layout not in ("native", "released"):
+        raise ValueError(f"layout {layout!r} is not 'native' or 'released'.")
+    path = Path(path)
+    if path.exists() and not (path / "config.json").exists() and any(path.iterdir()):
+        raise ValueError(f"{path} holds files but no checkpoint; choose an empty or a new folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        whole = Path(scratch) / "new"
+        if layout == "released":
+            write_released(model, processor, whole)
+        else:
+            model.save_pretrained(whole)
+            processor.save_pretrained(whole)
+        if path.exists():
+            os.replace(path, Path(scratch) / "old")
+        os.replace(whole, path)
+    return path
+
+
+def read_config(path_or_id) -> tuple[dict, Ovis2_5Config]:
+    """config.json as it stands, and as a native config."""
+    if os.path.isfile(path_or_id):
+        raise CheckpointError(f"{path_or_id} is a file; give the checkpoint's folder.")
+    if not (file := find_file(path_or_id, "config.json")):
+        kind = "has no config.json" if os.path.isdir(path_or_id) else "is neither a folder nor a hub id that can be read"
+        raise CheckpointError(f"{path_or_id} {kind}; give a folder that ovisnb.save wrote, a released one, or a hub id.")
+    raw = read_json(path_or_id, "config.json")
+    if "llm_config" in raw and raw.get("model_type") in ("ovis2_5", "ovis"):
+        return raw, native_config(raw)
+    if raw.get("model_type") != "ovis2_5" or "text_config" not in raw:
+        raise CheckpointError(
+            f"{file} is of model_type {raw.get('model_type')!r}, not an Ovis2.5 checkpoint; "
+            "make one from a language model and a vision tower with ovisnb.model.assemble."
+        )
+    return raw, Ovis2_5Config(**{key: value for key, value in raw.items() if key != "auto_map"})
+
+
+def find_file(path_or_id, name: str) -> str | None:
+    """Local path of a checkpoint's file, fetched from the hub for a hub id; None if it is not there."""
+    if os.path.isdir(path_or_id):
+        file = os.path.join(path_or_id, name)
+        return file if os.path.isfile(file) else None
+    try:
+        return cached_file(str(path_or_id), name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path_or_id} is neither a folder nor a hub id that can be read ({_first_line(error)})."
+        ) from error
+
+
+def read_json(path_or_id, name: str) -> dict:
+    """A checkpoint's JSON file as a dict, empty if there is none."""
+    file = find_file(path_or_id, name)
+    if file is None:
+        return {}
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON ({_first_line(error)}); copy the file again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not a JSON object; copy the file again.")
+    return content
+
+
+def load_tokenizer(path_or_id, config: Ovis2_5Config) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, of the kind that the language model's config asks for."""
+    try:
+        return AutoTokenizer.from_pretrained(path_or_id, config=config.text_config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path_or_id} has no tokenizer that can be read ({_first_line(error)}).") from error
+
+
+def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The five visual placeholders, right after the tokenizer's own entries, where it lacks them."""
+    missing = [token for token in VISUAL_TOKENS if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def check_token_ids(path_or_id, config: Ovis2_5Config, processor: Ovis2_5Processor) -> None:
+    """CheckpointError unless config and tokenizer agree on the visual placeholders and the ids have rows."""
+    ids = processor.visual_ids.all
+    if ids != config.visual_token_ids or max(ids) >= config.vocab_size:
+        raise CheckpointError(
+            f"{path_or_id}: the tokenizer gives the visual tokens the ids {list(ids)}, the model has "
+            f"{list(config.visual_token_ids)} in {config.vocab_size} rows; tokenizer and weights must come from one "
+            "checkpoint."
+        )
+
+
+def generation_defaults(path_or_id, config: PretrainedConfig, tokenizer) -> GenerationConfig:
+    """The folder's generation_config.json, with the ends of an answer looked up by name where it lacks them."""
+    generation = GenerationConfig(**read_json(path_or_id, "generation_config.json"))
+    vocabulary = tokenizer.get_vocab()
+    ends = [vocabulary[name] for name in ("<|im_end|>", "<|endoftext|>") if name in vocabulary]
+    stated = generation.eos_token_id
+    stated = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
+    generation.eos_token_id = list(dict.fromkeys(stated + ends)) or None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    return generation
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
