@@ -3,10 +3,7 @@
     for record in records("train", seed=0, count=3, size=64, n_objects=(1, 4)):
         print(record.turns[0].text, "->", record.turns[1].text)
 
-A scene is a layout (what stands where, in grid units) and a drawing of it at any size. The same seed gives the
-same layout at every size, so a model can start on small pictures and go on with large ones. Every object has its
-own (colour, shape) pair, so "the red circle" means exactly one thing, and other objects often share one half of
-the pair, so colour alone or shape alone does not find it.
+`shapes_scene` draws the pictures, `shapes_text` asks the questions, and this file makes records of both.
 
 Train and held-out are apart by construction: the arrangement of the objects itself decides to which of the two a
 layout belongs (`layout_split`), and a drawn layout of the other split is thrown away. No seed, size or option can
@@ -15,111 +12,29 @@ make a held-out arrangement appear in training.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import blake2b
 from itertools import count as count_from
-from random import Random
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from . import shapes_text
 from .record import Media, Record, Turn
+from .shapes_scene import (
+    LABEL_MIN_SIZE,
+    Layout,
+    Scene,
+    SceneObject,
+    check_options,
+    count_range,
+    draw,
+    keyed_random,
+    layout_split,
+    make_layout,
+    scene,
+    visible,
+)
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (35, 155, 70),
-    "blue": (45, 90, 215),
-    "yellow": (245, 205, 25),
-    "purple": (140, 60, 180),
-    "orange": (245, 130, 30),
-    "black": (30, 30, 30),
-}
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SIZES = ("small", "medium", "large")
+__all__ = ["RecordMaker", "Scene", "SceneObject", "ShapesDataset", "layout_split", "records", "scene", "texts"]
+
 SPLITS = ("train", "heldout")
-
-LETTERS = "ABCDEFHJKLMNPRTUVXYZ"  # without those that are read as digits or as each other
-DIGITS = "2345679"
-LABEL_MIN_SIZE = 256  # pixels; below this no label is drawn, because nobody could read it
-LABEL_HEIGHT = 2.5 / 64  # of the picture: 20 pixels of 512, but 2.5 pixels of 64
-
-MIN_SIDE, MAX_SIDE = 8 / 64, 28 / 64  # an object's side as a share of the picture's
-MEDIUM_SIDE, LARGE_SIDE = 13 / 64, 20 / 64
-DEFAULT_COUNT = (1, 6)
-MAX_OBJECTS = 16
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One shape. `box` is (x1, y1, x2, y2) as shares of the picture in [0, 1], exact multiples of 1/grid."""
-
-    colour: str
-    shape: str
-    size: str
-    label: str | None
-    box: tuple[float, float, float, float]
-
-    @property
-    def name(self) -> str:
-        """What questions call it; unique in its scene."""
-        return f"{self.colour} {self.shape}"
-
-    def to_dict(self) -> dict:
-        return {"name": self.name, "size": self.size, "label": self.label, "box": list(self.box)}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What stands where, before anything is drawn. `paint` seeds what does not matter to any answer."""
-
-    objects: tuple[SceneObject, ...]
-    grid: int
-    paint: int
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A layout drawn as an RGB picture of size x size pixels."""
-
-    image: Image.Image
-    objects: tuple[SceneObject, ...]
-    seed: int | str
-    grid: int = 64
-
-
-def scene(
-    seed: int | str,
-    *,
-    size: int = 512,
-    n_objects: int | tuple[int, int] | None = None,
-    grid: int = 64,
-    labels: float = 0.3,
-) -> Scene:
-    """Draw the scene of this seed.
-
-    Args:
-        seed: any integer or string; it alone (with n_objects, grid and labels) decides the layout.
-        size: side of the square picture in pixels, 64 to 1024.
-        n_objects: how many objects, or (lowest, highest); 1 to 6 if None.
-        grid: boxes are multiples of 1/grid.
-        labels: how probable a label is on an object that has room for one. Labels are only there from 256 pixels on.
-
-    Raises:
-        ValueError: an option is outside its range.
-    """
-    _check_options(size, grid, labels)
-    return _draw(_layout(seed, _count_range(n_objects), grid, labels), size, seed)
-
-
-def layout_split(objects: tuple[SceneObject, ...]) -> str:
-    """ "train" or "heldout", decided by which shapes stand where (labels, background and size play no part)."""
-    lines = sorted(f"{o.name} " + " ".join(f"{edge:.6f}" for edge in o.box) for o in objects)
-    digest = blake2b("\n".join(lines).encode(), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "big") % 10 == 0 else "train"
 
 
 def records(
@@ -187,16 +102,16 @@ class RecordMaker:
             raise ValueError(f"shapes: split is {split!r}, give one of {', '.join(SPLITS)}.")
         if not 1 <= turns[0] <= turns[1]:
             raise ValueError(f"shapes: turns is {turns}, give (lowest, highest) with 1 <= lowest <= highest.")
-        _check_options(size, grid, labels)
+        check_options(size, grid, labels)
         self.split, self.seed, self.size, self.grid, self.labels = split, seed, size, grid, labels
-        self.range = _count_range(n_objects)
+        self.range = count_range(n_objects)
         self.kinds = shapes_text.check_kinds(kinds)
         self.turns = tuple(turns)
 
     def __call__(self, index: int) -> Record:
         """The record with its picture."""
         layout, questions, key = self.plan(index)
-        picture = _draw(layout, self.size, key)
+        picture = draw(layout, self.size, key)
         turns, images = [], [Media(image=picture.image)]
         for number, question in enumerate(questions):
             turns.append(Turn(role="human", text=("" if number else "<image>\n") + question.text))
@@ -217,11 +132,13 @@ class RecordMaker:
         """Layout, questions and scene seed of a record, without drawing anything."""
         for attempt in range(2000):
             key = f"{self.split}/{self.seed}/{index}/{attempt}"
-            layout = _layout(key, self.range, self.grid, self.labels)
+            layout = make_layout(key, self.range, self.grid, self.labels)
             if layout_split(layout.objects) != self.split:
                 continue
-            objects = _visible(layout.objects, self.size)
-            questions = shapes_text.ask(_random("questions", key), objects, self.kinds, self.turns, self.size, self.grid)
+            objects = visible(layout.objects, self.size)
+            questions = shapes_text.ask(
+                keyed_random("questions", key), objects, self.kinds, self.turns, self.size, self.grid
+            )
             if questions:
                 return layout, questions, key
         raise ValueError(
@@ -238,192 +155,3 @@ def texts(count: int, seed: int = 0, **options) -> Iterator[str]:
         for question in maker.plan(index)[1]:
             yield f"user\n{question.text}"
             yield f"assistant\n{question.answer}"
-
-
-# ---------------------------------------------------------------- layout
-
-
-def _random(*parts: object) -> Random:
-    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return Random(int.from_bytes(digest, "big"))
-
-
-def _layout(seed: int | str, count_range: tuple[int, int], grid: int, labels: float) -> Layout:
-    rng = _random("layout", seed)
-    wanted = rng.randint(*count_range)
-    while True:  # a crowded start can leave no room for the last object: then all are placed anew
-        boxes = _place(rng, wanted, grid)
-        if boxes is not None:
-            break
-    objects = []
-    for (colour, shape), (x, y, side) in zip(_pairs(rng, wanted), boxes, strict=True):
-        share = side / grid
-        size = SIZES[(share >= MEDIUM_SIDE) + (share >= LARGE_SIDE)]
-        label = _label(rng, shape, share, labels)
-        box = (x / grid, y / grid, (x + side) / grid, (y + side) / grid)
-        objects.append(SceneObject(colour, shape, size, label, box))
-    return Layout(tuple(objects), grid, rng.getrandbits(32))
-
-
-def _place(rng: Random, wanted: int, grid: int) -> list[tuple[int, int, int]] | None:
-    """Squares (x, y, side) in grid units with at least one unit between any two; None if they did not fit."""
-    low = round(MIN_SIDE * grid)
-    high = max(low, min(round(MAX_SIDE * grid), int(0.9 * grid / math.sqrt(wanted))))
-    placed: list[tuple[int, int, int]] = []
-    for _ in range(wanted):
-        for attempt in range(40):
-            side = rng.randint(low, high if attempt < 20 else low + (high - low) // 3)
-            x, y = rng.randint(0, grid - side), rng.randint(0, grid - side)
-            if all(x > a + s or a > x + side or y > b + s or b > y + side for a, b, s in placed):
-                placed.append((x, y, side))
-                break
-        else:
-            return None
-    return placed
-
-
-def _pairs(rng: Random, wanted: int) -> list[tuple[str, str]]:
-    """Different (colour, shape) pairs; two in three share a half with an earlier one."""
-    colours = list(COLOURS)
-    pairs: list[tuple[str, str]] = []
-    while len(pairs) < wanted:
-        colour, shape = rng.choice(colours), rng.choice(SHAPES)
-        if pairs:
-            draw, other = rng.random(), rng.choice(pairs)
-            if draw < 1 / 3:
-                colour = other[0]
-            elif draw < 2 / 3:
-                shape = other[1]
-        if (colour, shape) not in pairs:
-            pairs.append((colour, shape))
-    return pairs
-
-
-def _label(rng: Random, shape: str, share: float, probability: float) -> str | None:
-    """A letter or digit, on shapes that have a middle to print on and are small enough to be worth a crop."""
-    drawn = rng.random() < probability
-    character = rng.choice(LETTERS if rng.random() < 0.7 else DIGITS)
-    return character if drawn and shape != "ring" and 10 / 64 <= share < LARGE_SIDE else None
-
-
-def _visible(objects: tuple[SceneObject, ...], size: int) -> tuple[SceneObject, ...]:
-    if size >= LABEL_MIN_SIZE:
-        return objects
-    return tuple(SceneObject(o.colour, o.shape, o.size, None, o.box) for o in objects)
-
-
-def _check_options(size: int, grid: int, labels: float) -> None:
-    if not 64 <= size <= 1024:
-        raise ValueError(f"shapes: size is {size} pixels, give 64 to 1024.")
-    if not 16 <= grid <= 512:
-        raise ValueError(f"shapes: grid is {grid}, give 16 to 512.")
-    if not 0 <= labels <= 1:
-        raise ValueError(f"shapes: labels is {labels}, give a probability from 0 to 1.")
-
-
-def _count_range(n_objects: int | tuple[int, int] | None) -> tuple[int, int]:
-    if n_objects is None:
-        return DEFAULT_COUNT
-    low, high = (n_objects, n_objects) if isinstance(n_objects, int) else n_objects
-    if not 1 <= low <= high <= MAX_OBJECTS:
-        raise ValueError(f"shapes: n_objects is {n_objects}, give a number or (lowest, highest) from 1 to {MAX_OBJECTS}.")
-    return low, high
-
-
-# ---------------------------------------------------------------- drawing
-
-
-def _draw(layout: Layout, size: int, seed: int | str) -> Scene:
-    rng = Random(layout.paint)
-    image = _background(rng, size)
-    objects = _visible(layout.objects, size)
-    for item in objects:
-        x1, y1, x2, y2 = (edge * size for edge in item.box)
-        left, top = math.floor(x1), math.floor(y1)
-        colour = tuple(min(255, max(0, channel + rng.randint(-12, 12))) for channel in COLOURS[item.colour])
-        image.paste(colour, (left, top), _mask(item.shape, x1 - left, y1 - top, x2 - x1, y2 - y1))
-        if item.label is not None:
-            # a triangle's middle is low in its box
-            middle = (round((x1 + x2) / 2), round(y1 + (y2 - y1) * (0.66 if item.shape == "triangle" else 0.5)))
-            glyph = _glyph(item.label, round(LABEL_HEIGHT * size))
-            ink = (20, 20, 20) if item.colour in ("yellow", "orange") else (255, 255, 255)
-            image.paste(ink, (middle[0] - glyph.width // 2, middle[1] - glyph.height // 2), glyph)
-    return Scene(image, objects, seed, layout.grid)
-
-
-def _background(rng: Random, size: int) -> Image.Image:
-    """A light picture: plain, a gradient, soft blotches or fine grain."""
-    first, second = (tuple(rng.randint(200, 255) for _ in range(3)) for _ in range(2))
-    kind = rng.randrange(4)
-    if kind == 1:
-        ramp = _ramp(size, rng.randrange(4))
-        return Image.composite(Image.new("RGB", (size, size), first), Image.new("RGB", (size, size), second), ramp)
-    if kind == 0:
-        return Image.new("RGB", (size, size), first)
-    noise = np.random.default_rng(rng.getrandbits(32))
-    if kind == 2:
-        coarse = np.asarray(first) + noise.integers(-22, 23, (6, 6, 1))
-        return Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    base = np.clip(np.asarray(first), 8, 247).astype(np.uint8)
-    grain = noise.integers(0, 16, (size, size, 1), np.uint8)
-    return Image.fromarray(base - np.uint8(8) + grain)
-
-
-@lru_cache(maxsize=64)
-def _ramp(size: int, quarter: int) -> Image.Image:
-    ramp = Image.linear_gradient("L").resize((size, size), Image.Resampling.BILINEAR)
-    return ramp if quarter == 0 else ramp.transpose(list(Image.Transpose)[1 + quarter])
-
-
-def _star() -> list[tuple[float, float]]:
-    points = []
-    for corner in range(10):
-        radius = 1 if corner % 2 == 0 else 0.42
-        points.append((radius * math.sin(corner * math.pi / 5), -radius * math.cos(corner * math.pi / 5)))
-    xs, ys = [x for x, _ in points], [y for _, y in points]  # stretched so that the tips touch all four sides
-    return [((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in points]
-
-
-_A, _B = 1 / 3, 2 / 3
-POLYGONS = {
-    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-    "triangle": [(0.5, 0), (1, 1), (0, 1)],
-    "star": _star(),
-    "cross": [(_A, 0), (_B, 0), (_B, _A), (1, _A), (1, _B), (_B, _B), (_B, 1), (_A, 1), (_A, _B), (0, _B), (0, _A), (_A, _A)],
-}
-
-
-@lru_cache(maxsize=4096)
-def _mask(shape: str, left: float, top: float, width: float, height: float) -> Image.Image:
-    """Coverage (mode L) of a shape whose box starts (left, top) pixels, below 1, into the mask; antialiased.
-
-    Kept because a grid allows few different masks, and pasting one takes microseconds where drawing takes a millisecond.
-    """
-    scale = 8 if width < 64 else 4
-    canvas = (math.ceil(left + width) * scale, math.ceil(top + height) * scale)
-    big = Image.new("L", canvas, 0)
-    pen = ImageDraw.Draw(big)
-
-    def inner(share: float) -> tuple[float, float, float, float]:
-        margin = (1 - share) / 2
-        x, y = (left + margin * width) * scale, (top + margin * height) * scale
-        return x, y, x + share * width * scale - 1, y + share * height * scale - 1
-
-    if shape in POLYGONS:
-        x0, y0, x1, y1 = inner(1)
-        pen.polygon([(x0 + x * (x1 - x0), y0 + y * (y1 - y0)) for x, y in POLYGONS[shape]], fill=255)
-    else:
-        pen.ellipse(inner(1), fill=255)
-        if shape == "ring":
-            pen.ellipse(inner(0.5), fill=0)
-    return big.reduce(scale)
-
-
-@lru_cache(maxsize=256)
-def _glyph(character: str, height: int) -> Image.Image:
-    """Coverage (mode L) of a character whose capitals are about `height` pixels tall."""
-    font = ImageFont.load_default(size=height * 1.4)
-    x1, y1, x2, y2 = font.getbbox(character, stroke_width=height * 0.04)
-    glyph = Image.new("L", (math.ceil(x2 - x1), math.ceil(y2 - y1)), 0)
-    ImageDraw.Draw(glyph).text((-x1, -y1), character, font=font, fill=255, stroke_width=height * 0.04)
-    return glyph

@@ -5,11 +5,14 @@ Coordinates follow Ovis2.5's grounding text: shares of the picture with three de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from .boxes import format_box, format_point
+from .shapes_scene import COLOURS, SHAPES, SceneObject
+
+Objects = Sequence[SceneObject]
 
 KINDS = {"find": 4.0, "list": 3.0, "point": 1.0, "reverse": 1.0, "count": 1.0, "compare": 1.0, "read": 1.0}
 
@@ -47,7 +50,9 @@ def check_kinds(kinds: Mapping[str, float] | None) -> dict[str, float]:
     return kinds
 
 
-def ask(rng: Random, objects, kinds: Mapping[str, float], turns: tuple[int, int], size: int, grid: int) -> list[Question]:
+def ask(
+    rng: Random, objects: Objects, kinds: Mapping[str, float], turns: tuple[int, int], size: int, grid: int
+) -> list[Question]:
     """Different questions about one scene, at most turns[1] of them; [] if none of the kinds can be asked.
 
     An object is the target of at most one of find, point and reverse, and list comes last, so that few answers
@@ -68,22 +73,23 @@ def ask(rng: Random, objects, kinds: Mapping[str, float], turns: tuple[int, int]
     return sorted(questions, key=lambda q: q.kind == "list")
 
 
-def reading_order(objects) -> list:
+def reading_order(objects: Objects) -> list[SceneObject]:
     """Top to bottom by the middle of the box, then left to right."""
     return sorted(objects, key=lambda o: (o.box[1] + o.box[3], o.box[0] + o.box[2]))
 
 
-def located(item) -> str:
+def located(item: SceneObject) -> str:
+    """An object's name and box as an answer writes them."""
     return f"<ref>{item.name}</ref>{format_box(item.box)}"
 
 
-def centre(item, grid: int) -> tuple[float, float]:
+def centre(item: SceneObject, grid: int) -> tuple[float, float]:
     """The middle of the box on the grid; half a unit is rounded down."""
     x1, y1, x2, y2 = (round(edge * grid) for edge in item.box)
     return (x1 + x2) // 2 / grid, (y1 + y2) // 2 / grid
 
 
-def _one(kind: str, rng: Random, objects, free: list, size: int, grid: int) -> Question | None:
+def _one(kind: str, rng: Random, objects: Objects, free: list[SceneObject], size: int, grid: int) -> Question | None:
     """One question of this kind, or None where the scene has none; takes its target out of `free`."""
     if kind == "list":
         return Question(kind, f"List every object. {BOX_REQUEST}", "\n".join(map(located, reading_order(objects))))
@@ -106,22 +112,23 @@ def _one(kind: str, rng: Random, objects, free: list, size: int, grid: int) -> Q
     return Question(kind, f"What is in {format_box(item.box)}?", item.name)
 
 
-def _count(rng: Random, objects) -> Question:
-    """How many share the colour or the shape of one of them; never 0."""
-    item = rng.choice(objects)
+def _count(rng: Random, objects: Objects) -> Question:
+    """How many share the colour or the shape of one of them; now and then of any, which is often 0."""
+    item, anything = rng.choice(objects), rng.random() < 0.15
     if rng.random() < 0.5:
-        number = sum(o.colour == item.colour for o in objects)
-        return Question("count", f"How many {item.colour} shapes are there?", str(number))
-    number = sum(o.shape == item.shape for o in objects)
-    plural = item.shape + ("es" if item.shape.endswith("s") else "s")
-    return Question("count", f"How many {plural} are there?", str(number))
+        colour = rng.choice(list(COLOURS)) if anything else item.colour
+        number = sum(o.colour == colour for o in objects)
+        return Question("count", f"How many {colour} shapes are there?", str(number))
+    shape = rng.choice(SHAPES) if anything else item.shape
+    number = sum(o.shape == shape for o in objects)
+    return Question("count", f"How many {shape}{'es' if shape.endswith('s') else 's'} are there?", str(number))
 
 
-def _compare(rng: Random, objects) -> Question | None:
+def _compare(rng: Random, objects: Objects) -> Question | None:
     """Left, right, above, below (yes or no) or which is larger, where the difference is plain to see."""
     if len(objects) < 2:
         return None
-    first, second = rng.sample(list(objects), 2)
+    first, second = rng.sample(objects, 2)
     sideways = (first.box[0] + first.box[2] - second.box[0] - second.box[2]) / 2
     down = (first.box[1] + first.box[3] - second.box[1] - second.box[3]) / 2
     larger = (first.box[2] - first.box[0]) - (second.box[2] - second.box[0])
@@ -139,7 +146,7 @@ def _compare(rng: Random, objects) -> Question | None:
     return Question("compare", f"Is the {first.name} {relation} the {second.name}?", "Yes" if true else "No")
 
 
-def _read(rng: Random, objects, size: int) -> Question | None:
+def _read(rng: Random, objects: Objects, size: int) -> Question | None:
     """A label, read in a crop of the whole object from the full picture."""
     labelled = [o for o in objects if o.label is not None]
     if not labelled:

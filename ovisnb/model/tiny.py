@@ -52,7 +52,9 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024, *, model_max_le
     added = _added_tokens()
     smallest = 256 + len(added)
     if vocab_size < smallest:
-        raise ValueError(f"tiny_tokenizer: vocab_size is {vocab_size}, give at least {smallest} (bytes and added tokens).")
+        raise ValueError(
+            f"tiny_tokenizer: vocab_size is {vocab_size}, give at least {smallest} (bytes and added tokens)."
+        )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
