@@ -18,7 +18,7 @@ from ovisnb.data import boxes
 from ovisnb.data.record import Media, Record, RecordError
 
 # Not every format Pillow knows: EPS, for one, would start Ghostscript on a stranger's program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 class MediaError(RecordError):

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovisnb.data import Media, MediaError, Record, RecordError, open_image, open_media
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """images/ with a picture whose pixel at (x, y) is (x, y, 0), and a secret beside the folder."""
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    gradient(40, 30).save(images / "a.png")
+    gradient(8, 8).save(images / "deep" / "b.png")
+    gradient(5, 5).save(tmp_path / "secret.png")
+    return images
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width].astype(np.uint8)
+    return Image.fromarray(np.stack([x, y, np.zeros_like(x)], -1))
+
+
+def told(path_or_media, folder=None) -> str:
+    """The one sentence that refuses the picture."""
+    media = path_or_media if isinstance(path_or_media, Media) else Media(path=str(path_or_media))
+    with pytest.raises(MediaError) as refusal:
+        open_image(media, folder)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def pixels(path, folder=None, **more):
+    return np.asarray(open_image(Media(path=str(path), **more), folder))
+
+
+def test_relative_and_absolute_paths(folder, monkeypatch):
+    a = np.asarray(gradient(40, 30))
+    np.testing.assert_array_equal(pixels("a.png", folder), a)
+    np.testing.assert_array_equal(pixels("deep/../a.png", str(folder)), a)
+    np.testing.assert_array_equal(pixels(folder / "a.png", folder), a)
+    np.testing.assert_array_equal(pixels(folder / "a.png"), a)
+    monkeypatch.chdir(folder)
+    np.testing.assert_array_equal(pixels("a.png"), a)
+    np.testing.assert_array_equal(pixels("a.png", "."), a)
+
+
+def test_no_path_leaves_the_image_folder(folder):
+    os.symlink(folder.parent / "secret.png", folder / "link.png")
+    os.symlink(folder.parent, folder / "up")
+    (folder.parent / "images2").mkdir()
+    gradient(2, 2).save(folder.parent / "images2" / "c.png")
+    outside = ["../secret.png", "deep/../../secret.png", "link.png", "up/secret.png", "../images2/c.png"]
+    for path in [*outside, folder.parent / "secret.png", "../nothing-there.png", "/etc/hostname"]:
+        sentence = told(path, folder)
+        assert "leads out of the image_folder" in sentence and "pass the image_folder that holds" in sentence
+    os.symlink(folder / "a.png", folder / "inner.png")
+    assert pixels("inner.png", folder).shape == (30, 40, 3)
+    assert pixels(folder.parent / "secret.png").shape == (5, 5, 3)  # no folder given, nothing to leave
+
+
+def test_a_linked_image_folder_is_followed(folder):
+    os.symlink(folder, folder.parent / "linked")
+    assert pixels("a.png", folder.parent / "linked").shape == (30, 40, 3)
+    assert pixels(folder / "a.png", folder.parent / "linked").shape == (30, 40, 3)
+
+
+def test_a_box_is_cut_from_the_original_and_clipped(folder):
+    np.testing.assert_array_equal(
+        pixels("a.png", folder, box=(10, 5, 20, 15)), np.asarray(gradient(40, 30))[5:15, 10:20]
+    )
+    np.testing.assert_array_equal(
+        pixels("a.png", folder, box=(30.5, 20.2, 99, 99)), np.asarray(gradient(40, 30))[20:, 30:]
+    )
+    sentence = told(Media(path="a.png", box=(50, 5, 60, 15)), folder)
+    assert "outside the picture of 40x30 pixels" in sentence and "pixels of the original" in sentence
+    image = gradient(40, 30)
+    np.testing.assert_array_equal(
+        np.asarray(open_image(Media(image=image, box=(0, 0, 2, 1)))), np.asarray(image)[:1, :2]
+    )
+
+
+def test_exif_orientation_comes_before_the_box(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: turn by 90 degrees to see it
+    gradient(40, 30).save(folder / "turned.png", exif=exif)
+    seen = np.rot90(np.asarray(gradient(40, 30)), -1)
+    np.testing.assert_array_equal(pixels("turned.png", folder), seen)
+    np.testing.assert_array_equal(pixels("turned.png", folder, box=(0, 30, 30, 40)), seen[30:])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_any_mode_becomes_rgb(folder, mode):
+    suffix = "tif" if mode == "CMYK" else "png"
+    gradient(16, 16).convert(mode).save(folder / f"m.{suffix}")
+    image = open_image(Media(path=f"m.{suffix}"), folder)
+    assert image.mode == "RGB" and image.size == (16, 16)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif", "ppm", "jp2", "mpo"])
+def test_formats(folder, suffix):
+    several = {"save_all": True, "append_images": [gradient(16, 16)]} if suffix == "mpo" else {}
+    gradient(16, 16).save(folder / f"f.{suffix}", **several)
+    assert pixels(f"f.{suffix}", folder).shape == (16, 16, 3)
+
+
+def test_sixteen_bit_grey_keeps_its_range(folder):
+    Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(folder / "deep.png")
+    np.testing.assert_array_equal(pixels("deep.png", folder)[..., 1].ravel(), np.arange(256))
+    Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "float.tif")
+    assert "32-bit pixels (mode F)" in told("float.tif", folder)
+
+
+def test_missing_picture(folder, tmp_path):
+    assert told("no.png", folder).startswith(f"there is no picture at {folder / 'no.png'}")
+    assert "pass the image_folder it lies in" in told("no-such-file.png")
+    assert "is not a file" in told("deep", folder)
+    assert f"the image_folder {tmp_path / 'gone'} is not a folder" in told("a.png", tmp_path / "gone")
+    assert "cannot be followed" in told("a\0.png", folder)
+    assert "cannot be followed" in told("x" * 5000, folder)
+    os.symlink("loop.png", folder / "loop.png")
+    assert "loop.png" in told("loop.png", folder)
+
+
+def test_a_pipe_is_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.png")
+    assert "is not a file" in told("pipe.png", folder)
+
+
+def test_unreadable_pictures(folder):
+    (folder / "text.png").write_text("not a picture")
+    assert "no picture in a format read here" in told("text.png", folder)
+    (folder / "empty.png").write_bytes(b"")
+    assert "no picture in a format read here" in told("empty.png", folder)
+    (folder / "post.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    assert "no picture in a format read here" in told("post.png", folder)  # never handed to Ghostscript
+    for name in ("cut.png", "cut.jpg"):
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+        noise.save(folder / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+        assert f"{name} cannot be read as a picture" in told(name, folder)
+
+
+def test_decompression_bomb(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert "a.png is too large to open safely" in told("a.png", folder)
+
+
+def test_open_media_names_the_record(folder):
+    data = {"id": "cat", "image": ["a.png", "no.png"], "conversations": [{"from": "human", "value": "<image><image>"}]}
+    with pytest.raises(RecordError, match=r"^record 'cat' \(train\.json:4\): image 2: there is no picture at "):
+        open_media(Record.from_dict(data, source="train.json:4"), folder)
+    data = {"video": ["a.png", "../a.png"], "conversations": [{"from": "human", "value": "<video>"}]}
+    with pytest.raises(MediaError, match=r"^record 'record-0': frame 2: the path '\.\./a\.png' leads out"):
+        open_media(Record.from_dict(data), folder)
+
+
+def test_open_media_gives_images_and_frames(folder):
+    data = {
+        "image": ["a.png", {"path": "a.png", "box": [0, 0, 4, 3]}, gradient(7, 6)],
+        "video": ["deep/b.png", "a.png"],
+        "conversations": [{"from": "human", "value": "<image><image><image><video>"}],
+    }
+    images, frames = open_media(Record.from_dict(data), folder)
+    assert [image.size for image in images] == [(40, 30), (4, 3), (7, 6)]
+    assert [frame.size for frame in frames] == [(8, 8), (40, 30)]
+    assert {image.mode for image in images + frames} == {"RGB"}
+    nothing = Record.from_dict({"conversations": [{"from": "human", "value": "Hi"}]})
+    assert open_media(nothing, folder) == ([], None)
+
+
+def test_a_file_is_read_once_for_all_its_crops(folder, monkeypatch):
+    opened, pillow_open = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **more: opened.append(path) or pillow_open(path, **more))
+    crops = [{"path": "a.png", "box": [0, 0, n, n]} for n in (1, 2, 3)]
+    data = {"image": ["a.png", *crops], "conversations": [{"from": "human", "value": "<image>" * 4}]}
+    images, _ = open_media(Record.from_dict(data), folder)
+    assert len(opened) == 1 and [image.width for image in images] == [40, 1, 2, 3]

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ovisnb.data import ROLES, Media, Record, RecordError, Turn
+
+TOOL_CALL = {
+    "id": "who",
+    "image": ["street.jpg", {"path": "street.jpg", "box": [10, 20, 100, 200]}],
+    "kind": "read",
+    "conversations": [
+        {"from": "system", "value": "You have access to Crop and Identify tools..."},
+        {"from": "human", "value": "<image>\nWho is the person on the left?"},
+        {
+            "from": "gpt",
+            "value": "<think>\n<tool_call>Crop [10,20,100,200]</tool_call><image>\nJohn.\n</think>\n\n<answer>John</answer>",
+        },
+    ],
+    "licence": "CC0",
+    "objects": [{"name": "person", "box": [10, 20, 100, 200]}],
+}
+
+
+def told(data, **place) -> str:
+    """The one sentence that refuses `data`."""
+    with pytest.raises(RecordError) as refusal:
+        Record.from_dict(data, **place)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def talk(*turns, **fields):
+    return {**fields, "conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def test_reads_turns_pictures_and_everything_else():
+    record = Record.from_dict(TOOL_CALL, source="tools.json:3")
+    assert record.id == "who" and record.source == "tools.json:3" and record.kind == "read"
+    assert [turn.role for turn in record.turns] == ["system", "human", "gpt"]
+    assert record.images == [Media(path="street.jpg"), Media(path="street.jpg", box=(10, 20, 100, 200))]
+    assert record.video is None
+    assert record.meta == {"licence": "CC0", "objects": TOOL_CALL["objects"]}
+    assert record.to_dict() == TOOL_CALL
+
+
+def test_one_picture_may_be_a_string_a_path_or_an_image():
+    image = Image.new("RGB", (4, 4))
+    for entry, media in [
+        ("a.jpg", Media(path="a.jpg")),
+        (["a.jpg"], Media(path="a.jpg")),
+        (Path("a.jpg"), Media(path="a.jpg")),
+        (image, Media(image=image)),
+        ({"image": image, "box": [0, 0, 2, 2]}, Media(image=image, box=(0, 0, 2, 2))),
+    ]:
+        record = Record.from_dict(talk(("human", "<image>?"), image=entry))
+        assert record.images == [media]
+        assert Record.from_dict(record.to_dict()) == record
+
+
+def test_text_only_and_video():
+    assert Record.from_dict(talk(("human", "Hi"), ("gpt", "Hello"))).images == []
+    record = Record.from_dict(talk(("human", "<video>\nWhat happens?"), video=["1.jpg", "2.jpg"], image=None))
+    assert record.video == [Media(path="1.jpg"), Media(path="2.jpg")]
+    both = Record.from_dict(talk(("human", "<video> or <image>?"), video=["1.jpg"], image="a.jpg"))
+    assert len(both.images) == len(both.video) == 1
+
+
+def test_a_record_without_id_is_named_after_its_file():
+    assert Record.from_dict(talk(("gpt", "x")), source="sets/train.json:12", index=3).id == "train-3"
+    assert Record.from_dict(talk(("gpt", "x")), index=3).id == "record-3"
+    assert Record.from_dict(talk(("gpt", "x"), id=17)).id == "17"
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+plain = text.filter(lambda words: "<image>" not in words and "<video>" not in words)
+numbers = st.floats(0, 1000, allow_nan=False)
+crops = st.tuples(numbers, numbers, numbers, numbers).map(
+    lambda box: (*(min(box[i], box[i + 2]) for i in (0, 1)), *(max(box[i], box[i + 2]) + 1 for i in (0, 1)))
+)
+media = st.builds(Media, path=text, box=st.none() | crops)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def sound_records(draw):
+    images = draw(st.lists(media, max_size=3))
+    video = draw(st.none() | st.lists(media, min_size=1, max_size=3))
+    marks = draw(st.permutations(["<image>"] * len(images) + ["<video>"] * (video is not None)))
+    words = [draw(plain) for _ in range(draw(st.integers(1, 4)))]
+    for mark in marks:
+        turn = draw(st.integers(0, len(words) - 1))
+        words[turn] = draw(st.sampled_from([mark + words[turn], words[turn] + mark]))
+    fields = ("id", "image", "video", "kind", "conversations")
+    return Record(
+        id=draw(text),
+        turns=[Turn(role=draw(st.sampled_from(ROLES)), text=word) for word in words],
+        images=images,
+        video=video,
+        kind=draw(st.none() | text),
+        source=draw(st.sampled_from(["", "train.json:12", "shapes:7"])),
+        meta=draw(st.dictionaries(text.filter(lambda key: key not in fields), json_values, max_size=3)),
+    )
+
+
+@given(sound_records())
+def test_round_trip(record):
+    data = record.to_dict()
+    assert Record.from_dict(data, source=record.source) == record
+    assert Record.from_dict(json.loads(json.dumps(data)), source=record.source) == record
+
+
+def test_more_placeholders_than_pictures():
+    sentence = told(talk(("human", "<image><image>"), id="cat", image="a.jpg"), source="train.json:4")
+    assert sentence.startswith("record 'cat' (train.json:4): the turns hold 2 <image> but `image` lists 1 picture")
+    sentence = told(talk(("human", "<image>"), ("gpt", "<tool_call>Crop [1,2,3,4]</tool_call><image>"), image="a.jpg"))
+    assert "crop call needs its own entry" in sentence
+    assert "the key is `image`, not `images`" in told(talk(("human", "<image>"), images=["a.jpg"]))
+
+
+def test_fewer_placeholders_than_pictures():
+    assert "hold 0 <image> but `image` lists 2 pictures" in told(talk(("human", "Hi"), image=["a", "b"]))
+    assert "remove `video`" in told(talk(("human", "Hi"), video=["a"]))
+    assert "list the frames in `video`" in told(talk(("human", "<video>")))
+    assert "hold 2 <video>" in told(talk(("human", "<video><video>"), video=["a"]))
+
+
+@pytest.mark.parametrize(
+    "role, near", [("assistant", "gpt"), ("user", "human"), ("Human", "human"), ("sytem", "system"), ("GPT", "gpt")]
+)
+def test_unknown_role_names_the_four_and_the_nearest(role, near):
+    sentence = told(talk(("human", "Hi"), (role, "Hello"), id="cat"), source="train.jsonl:9")
+    assert sentence.startswith(f"record 'cat' (train.jsonl:9): turn 2: the role {role!r} is unknown")
+    assert "system, human, gpt or ignored_gpt" in sentence and f"did you mean {near!r}?" in sentence
+
+
+@pytest.mark.parametrize("role", [None, 3, [], "xyzzy"])
+def test_a_role_unlike_any_other_gets_no_guess(role):
+    sentence = told(talk((role, "Hello")))
+    assert "is unknown" in sentence and "did you mean" not in sentence
+
+
+@pytest.mark.parametrize(
+    "data, part",
+    [
+        ({"conversations": []}, "has no turns"),
+        ({"messages": []}, "`conversations` is missing"),
+        ({"conversations": "Hi"}, "a list of turns, not text"),
+        ({"conversations": [{"role": "user", "content": "Hi"}]}, 'turn 1 is not of the form {"from": role'),
+        ({"conversations": ["Hi"]}, "turn 1 is not of the form"),
+        (talk(("human", "")), "turn 1: its text is empty"),
+        (talk(("human", " \n")), "turn 1: its text is empty"),
+        (talk(("human", "a"), ("gpt", 5)), "turn 2: its value is text, not the number 5"),
+        (talk(("human", None)), "turn 1: its value is text, not null"),
+        (talk(("human", "a\ud800b")), "lone surrogate) at position 1"),
+        (talk(("human", "a"), id=["x"]), "`id` is text or a whole number, not a list"),
+        (talk(("human", "a"), id=True), "`id` is text or a whole number, not true or false"),
+        (talk(("human", "a"), kind=4), "`kind` is text, not the number 4"),
+        (talk(("human", "<image>"), image=""), "entry 1 of `image`: a picture's path is empty"),
+        (talk(("human", "<image>"), image=7), "entry 1 of `image`: a picture is a path"),
+        (talk(("human", "<image>"), image={}), "either a path or an image"),
+        (
+            talk(("human", "<image>"), image={"path": "a", "bytes": 1}),
+            "the key `bytes` is unknown here: use path, image",
+        ),
+        (talk(("human", "<image>"), image={"path": 3}), "entry 1 of `image`: `path`: input should be a valid string"),
+        (talk(("human", "<image>"), image={"path": "a", "box": [1, 2, 3]}), "a box is four numbers"),
+        (talk(("human", "<image>"), image={"path": "a", "box": [5, 2, 3, 4]}), "a box needs x1 < x2"),
+        (talk(("human", "<image>"), image={"path": "a", "box": "all"}), "`box`: input should be a valid tuple"),
+        (talk(("human", "<video>"), video="a.mp4"), "`video` is a list of frames (picture files), not text"),
+        (talk(("human", "<video>"), video=[]), "`video` has no frames"),
+        ("Hi", "a record is an object with `conversations`, not text"),
+        ([1], "a record is an object with `conversations`, not a list"),
+    ],
+)
+def test_bad_data_gets_one_sentence(data, part):
+    sentence = told(data, source="train.json:12")
+    assert part in sentence
+    assert "train.json:12" in sentence
+
+
+def test_what_is_built_in_code_is_checked_too():
+    with pytest.raises(RecordError, match="record 'x': the turns hold 1 <image> but `image` lists 0"):
+        Record(id="x", turns=[Turn(role="human", text="<image>")])
+    with pytest.raises(RecordError, match="the key `pictures` is unknown here"):
+        Record(id="x", turns=[Turn(role="human", text="Hi")], pictures=[])
+    with pytest.raises(RecordError, match="`meta` may not hold 'image'"):
+        Record(id="x", turns=[Turn(role="human", text="Hi")], meta={"image": "a"})
+    with pytest.raises(RecordError, match="the role 'bot' is unknown"):
+        Record(id="x", turns=[{"role": "bot", "text": "Hi"}])
+    with pytest.raises(RecordError, match="either a path or an image"):
+        Media(path="a", image=Image.new("RGB", (1, 1)))
+
+
+def test_a_record_cannot_change_and_leaves_its_data_alone():
+    before = json.dumps(TOOL_CALL)
+    record = Record.from_dict(TOOL_CALL)
+    assert json.dumps(TOOL_CALL) == before
+    with pytest.raises(ValueError, match="frozen"):
+        record.id = "other"
+
+
+def test_data_needs_no_torch():
+    code = "import sys, ovisnb.data; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
