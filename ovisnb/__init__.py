@@ -26,8 +26,6 @@ _HOMES = {
     "run_sft": "ovisnb.train",
 }
 
-__all__ = ["__version__", *_HOMES]
-
 
 def __getattr__(name: str):
     """Fetch a public name from its module on first use (PEP 562)."""
