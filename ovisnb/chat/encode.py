@@ -1,0 +1,310 @@
+"""The one encoder: a record becomes token ids, labels, pixel values, and for every token the reason of its label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ovisnb.chat import template
+from ovisnb.chat.template import IGNORE_INDEX, ROLES, chat_tokens
+from ovisnb.data.media import naming, open_image
+from ovisnb.data.record import Record, Turn
+
+REASONS = (
+    "answer",  # the assistant's own words up to <|im_end|>: the only reason that carries loss
+    "system",
+    "user",
+    "header",  # <|im_start|>role and its newline
+    "empty_think",  # the prefix of an answer without thinking
+    "image",
+    "video",
+    "tool_response",  # what a tool said inside an assistant turn, its tags included
+    "ignored",  # an ignored_gpt turn, or an earlier answer in a prompt
+    "separator",  # the newline after <|im_end|>
+)
+
+
+class EncodeError(ValueError):
+    """A record that cannot become a sample; the message names the record."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens [start, end): one reason, one turn, text or one picture.
+
+    `role` is "system", "user" or "assistant"; `turn` indexes the record's turns (one past the last for the header a
+    prompt ends with); `kind` is "text", "image" or "video"; `media` indexes the record's images (0 for the video).
+    """
+
+    start: int
+    end: int
+    role: str
+    turn: int
+    reason: str
+    kind: str = "text"
+    media: int | None = None
+
+    @property
+    def supervised(self) -> bool:
+        """Whether these tokens carry loss."""
+        return self.reason == "answer"
+
+
+@dataclass
+class Encoded:
+    """One sample, ready for `collate`.
+
+    `input_ids`, `labels`: int64 [tokens]. `spans` tile the tokens. `pixel_values`, `pixel_values_videos`: float32
+    [patches, channels * temporal_patch_size * patch_size ** 2] or None; `image_grid_thw`, `video_grid_thw`: int64
+    [n, 3] in patches or None. `dropped`: one sentence for each thing that the length limit cost; empty when nothing.
+    """
+
+    id: str
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    spans: list[Span]
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    pixel_values_videos: torch.Tensor | None
+    video_grid_thw: torch.Tensor | None
+    pad_token_id: int
+    dropped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(
+    record: Record | dict,
+    processor,
+    *,
+    image_folder=None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    max_length: int | None = None,
+    train: bool = True,
+    enable_thinking: bool = False,
+) -> Encoded:
+    """Encode a record (or the plain dict of a data file) with an Ovis2_5Processor.
+
+    `min_pixels`, `max_pixels` bound each picture's area in pixels (None: the processor's own). `max_length` bounds
+    the tokens: whole trailing turns are dropped first, never leaving a question without its answer; where even the
+    first answer does not fit, its end is cut off. A picture is never cut, and those of dropped turns are not read.
+
+    With `train=False` the result is a prompt: a trailing answer is left out, earlier answers lose their thinking,
+    an assistant header follows (with the empty-think prefix unless `enable_thinking`), and no token has a label.
+
+    Raises EncodeError when placeholders and media do not match, when the length limit leaves nothing to learn, and
+    when a prompt is longer than the limit; RecordError and MediaError come from reading the record.
+    """
+    if isinstance(record, dict):
+        record = Record.from_dict(record)
+    _check_placeholders(record)
+    sample = _Sample(record, processor, image_folder, min_pixels, max_pixels)
+    if train:
+        dropped = _write_training(sample, max_length)
+    else:
+        dropped = []
+        _write_prompt(sample, max_length, enable_thinking)
+    return sample.finish(dropped)
+
+
+def _check_placeholders(record: Record) -> None:
+    for placeholder, media in ((template.IMAGE, len(record.images)), (template.VIDEO, 1 if record.video else 0)):
+        written = sum(turn.text.count(placeholder) for turn in record.turns)
+        if written != media:
+            raise EncodeError(
+                f"Record {record.id} has {media} {placeholder[1:-1]}(s) but {written} {placeholder} in its text: "
+                "write one placeholder for each."
+            )
+
+
+def _write_training(sample: _Sample, max_length: int | None) -> list[str]:
+    """Write as many turns as fit; returns what was dropped, a sentence each."""
+    record, turns = sample.record, sample.record.turns
+    if all(turn.role != "gpt" for turn in turns):
+        raise EncodeError(f"Record {record.id} has no gpt turn, so there is nothing to learn: add one or leave it out.")
+    fits = None  # tokens and turns of the longest beginning within the limit that ends in an answer, or of all
+    for index, turn in enumerate(turns):
+        sample.add_turn(turn, index)
+        answer = turn.role == "gpt"
+        last = index == len(turns) - 1
+        if last and not answer:  # only after a final answer is the separator left out
+            sample.add_separator(turn, index)
+        too_long = max_length is not None and len(sample.ids) > max_length
+        if too_long and (answer or fits):
+            break
+        if answer or last:
+            fits = len(sample.ids), index + 1
+        if not last:
+            sample.add_separator(turn, index)
+    dropped = []
+    if fits:
+        tokens, kept = fits
+        sample.cut(tokens)
+    else:
+        kept = index + 1
+        dropped.append(_cut_answer(sample, index, max_length))
+    if kept < len(turns):
+        lost = len(record.images) - len(sample.used("image"))
+        pictures = f" and {lost} image{'s' if lost > 1 else ''}" if lost else ""
+        dropped.append(
+            f"Turns {kept + 1} to {len(turns)} of {len(turns)}{pictures} were dropped to stay within {max_length} tokens."
+        )
+    if not any(span.supervised for span in sample.spans):
+        raise EncodeError(
+            f"Record {record.id} has no token that carries loss, only tool responses: give it an answer or leave it out."
+        )
+    return dropped
+
+
+def _cut_answer(sample: _Sample, turn: int, max_length: int) -> str:
+    """Cut the end off the only answer, behind its last supervised token within the limit; returns what was cut."""
+    length = len(sample.ids)
+    for span in reversed([span for span in sample.spans if span.supervised and span.start < max_length]):
+        end = min(span.end, max_length)
+        while end > span.start and sample.tokens.is_broken(sample.ids[span.start : end]):
+            end -= 1
+        if end > span.start:
+            sample.cut(end)
+            return f"The answer in turn {turn + 1} was cut off {length - end} tokens before its end to stay within {max_length} tokens."
+    raise EncodeError(
+        f"Record {sample.record.id} takes {length} tokens up to the end of its first answer, and a max_length of "
+        f"{max_length} leaves nothing of that answer: raise max_length or lower max_pixels."
+    )
+
+
+def _write_prompt(sample: _Sample, max_length: int | None, enable_thinking: bool) -> None:
+    turns = list(sample.record.turns)
+    while turns and ROLES[turns[-1].role] == "assistant":
+        turns.pop()
+    if not turns:
+        raise EncodeError(f"Record {sample.record.id} has no turn before its answer, so there is nothing to prompt with.")
+    for index, turn in enumerate(turns):
+        sample.add_turn(turn, index, prompt=True)
+        sample.add_separator(turn, index)
+    sample.add_header("gpt", len(turns), empty_think=not enable_thinking)
+    if max_length is not None and len(sample.ids) > max_length:
+        raise EncodeError(
+            f"The prompt of record {sample.record.id} takes {len(sample.ids)} tokens, more than the max_length of "
+            f"{max_length}: raise max_length or lower max_pixels."
+        )
+
+
+class _Sample:
+    """Token ids and spans being written, and the pictures that they stand for."""
+
+    def __init__(self, record: Record, processor, image_folder, min_pixels: int | None, max_pixels: int | None):
+        self.record = record
+        self.processor = processor
+        self.tokens = chat_tokens(processor)
+        self.image_folder = image_folder
+        self.limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self.ids: list[int] = []
+        self.spans: list[Span] = []
+        self.pictures: dict = {}  # index in the record -> PIL image
+        self.frames: list = []  # of the video
+        self.next_image = 0
+
+    def add(self, ids: list[int], role: str, turn: int, reason: str, kind: str = "text", media: int | None = None):
+        """Append tokens, to the last span where nothing but the text goes on."""
+        if not ids:
+            return
+        start = len(self.ids)
+        self.ids += ids
+        last = self.spans[-1] if self.spans else None
+        if kind == "text" and last and (last.role, last.turn, last.reason) == (role, turn, reason):
+            self.spans[-1] = replace(last, end=len(self.ids))
+        else:
+            self.spans.append(Span(start, len(self.ids), role, turn, reason, kind, media))
+
+    def add_header(self, role: str, turn: int, empty_think: bool) -> None:
+        self.add(self.tokens.headers[role], ROLES[role], turn, "header")
+        if empty_think:
+            self.add(self.tokens.empty_think, ROLES[role], turn, "empty_think")
+
+    def add_separator(self, turn: Turn, index: int) -> None:
+        self.add(self.tokens.separator, ROLES[turn.role], index, "separator")
+
+    def add_turn(self, turn: Turn, index: int, prompt: bool = False) -> None:
+        """Append a turn up to its `<|im_end|>`; in a `prompt`, an assistant's turn without its thinking."""
+        role, text = ROLES[turn.role], turn.text
+        learn = turn.role == "gpt" and not prompt
+        reason = "answer" if learn else "ignored" if role == "assistant" else role
+        if prompt and role == "assistant":
+            text = text.split("</think>")[-1].lstrip("\n")
+            thought = turn.text.removesuffix(text)
+            self.next_image += thought.count(template.IMAGE)
+        pieces, in_tool = template.split_answer(text) if learn else (template.split_media(text), False)
+        if learn:
+            # The answer starts on a token boundary, also where its first newline could join the header's.
+            self.add_header(turn.role, index, empty_think=not template.has_thinking(text))
+        else:
+            first = pieces.pop(0)[1] if pieces and pieces[0][0] == "text" else ""
+            head, body = self.tokens.with_header(turn.role, first)
+            self.add(head, role, index, "header")
+            self.add(body, role, index, reason)
+        for kind, piece in pieces:
+            if kind == "image":
+                self._add_image(role, index)
+            elif kind == "video":
+                self._add_video(role, index)
+            else:
+                self.add(self.tokens.text_ids(piece), role, index, reason if kind == "text" else kind)
+        self.add([self.tokens.turn_end], role, index, "tool_response" if in_tool else reason)
+
+    def _add_image(self, role: str, turn: int) -> None:
+        index, ids = self.next_image, self.processor.visual_ids
+        with naming(self.record, f"image {index + 1}"):
+            picture = self.pictures[index] = open_image(self.record.images[index], self.image_folder)
+        self.next_image += 1
+        grid = (1, *self._grid(picture))
+        atoms = [ids.atom] * self.processor.tokens_per(grid)
+        self.add([ids.image_start, *atoms, ids.image_end], role, turn, "image", "image", index)
+
+    def _add_video(self, role: str, turn: int) -> None:
+        ids = self.processor.visual_ids
+        for number, frame in enumerate(self.record.video, start=1):
+            with naming(self.record, f"frame {number}"):
+                self.frames.append(open_image(frame, self.image_folder))
+        steps = -(-len(self.frames) // self.processor.image_processor.temporal_patch_size)
+        atoms = [ids.atom] * self.processor.tokens_per((steps, *self._grid(self.frames[0])))
+        self.add([ids.video_start, *atoms, ids.video_end], role, turn, "video", "video", 0)
+
+    def _grid(self, picture) -> tuple[int, int]:
+        return self.processor.image_processor.grid(picture.height, picture.width, **self.limits)
+
+    def cut(self, end: int) -> None:
+        """Drop all tokens from `end` on; the caller does not cut inside a picture."""
+        del self.ids[end:]
+        self.spans = [replace(span, end=min(span.end, end)) for span in self.spans if span.start < end]
+
+    def used(self, kind: str) -> list[int]:
+        """Indices in the record of the media that the tokens stand for."""
+        return [span.media for span in self.spans if span.kind == kind]
+
+    def finish(self, dropped: list[str]) -> Encoded:
+        """The tensors; only here are pictures resized and cut into patches."""
+        labels = [IGNORE_INDEX] * len(self.ids)
+        for span in self.spans:
+            if span.supervised:
+                labels[span.start : span.end] = self.ids[span.start : span.end]
+        images = [self.pictures[index] for index in self.used("image")]
+        media = {}
+        if images:
+            media |= self.processor.image_processor(images=images, **self.limits, return_tensors="pt")
+        if self.used("video"):
+            media |= self.processor.video_processor(videos=[self.frames], **self.limits, return_tensors="pt")
+        return Encoded(
+            id=self.record.id,
+            input_ids=torch.tensor(self.ids, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            spans=self.spans,
+            pixel_values=media.get("pixel_values"),
+            image_grid_thw=media.get("image_grid_thw"),
+            pixel_values_videos=media.get("pixel_values_videos"),
+            video_grid_thw=media.get("video_grid_thw"),
+            pad_token_id=self.tokens.pad,
+            dropped=dropped,
+        )
