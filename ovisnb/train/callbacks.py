@@ -1,0 +1,106 @@
+"""What a run writes while it trains: metrics.jsonl, plain progress lines, tensorboard.
+
+Plain lines rather than a progress bar: a notebook run by papermill stores a bar as a widget stuck at 0%.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a killed run is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log as one JSON line to `path`: step, epoch, and whatever was measured.
+
+    On resume the lines after the checkpoint's step are dropped first, so that no step stands there twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step and state.global_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A checkpoint remembers the last log, so a log at its step makes the counters exact after a resume.
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+            return
+        line = {"step": state.global_step}
+        for name, value in logs.items():
+            # JSON has no NaN and no infinity
+            line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"The loss became {logs['loss']} by step {state.global_step}: lower learning_rate, add warmup_steps, "
+                "or use bf16 in place of fp16, and start again from an earlier checkpoint."
+            )
+
+
+class ProgressLines(TrainerCallback):
+    """Print a line at every log: step, loss, speed, time to go."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = self.last = time.monotonic()
+        self.first_step = state.global_step
+        self.last_counts = (0, 0)
+        if state.log_history:
+            self.last_counts = _counts(state.log_history)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            print(f"step {state.global_step}/{state.max_steps}  eval_loss {logs['eval_loss']:.4f}", flush=True)
+        elif "loss" in logs:
+            now = time.monotonic()
+            seconds, self.last = max(now - self.last, 1e-9), now
+            before, self.last_counts = self.last_counts, _counts([logs])
+            samples, tokens = ((new - old) / seconds for new, old in zip(self.last_counts, before, strict=True))
+            left = (now - self.begun) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+            print(
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+                f"  {samples:.1f} samples/s  {tokens:.0f} tokens/s  eta {_clock(left)}",
+                flush=True,
+            )
+
+
+def _counts(logs: list[dict[str, Any]]) -> tuple[int, int]:
+    """Samples and tokens seen, from the last log that tells them."""
+    known = [log for log in logs if "samples_seen" in log]
+    return (known[-1]["samples_seen"], known[-1]["tokens_seen"]) if known else (0, 0)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

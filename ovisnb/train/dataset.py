@@ -1,0 +1,90 @@
+"""Records as training samples: encoded one at a time, in the DataLoader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ovisnb.chat import Encoded, collate, encode
+from ovisnb.data.formats import read_records
+from ovisnb.data.record import Record
+from ovisnb.train.settings import Settings
+
+
+class RecordEncodingError(ValueError):
+    """A record that cannot be encoded; the message names its id and where it comes from."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Record -> Encoded with the limits that the settings give for its kind of media."""
+
+    processor: Any
+    settings: Settings
+
+    def __call__(self, record: Record | dict) -> Encoded:
+        settings = self.settings
+        if isinstance(record, dict):
+            record = Record.from_dict(record)
+        kind = "video" if record.video else "multiple_image" if len(record.images) > 1 else "single_image"
+        has_media = bool(record.video or record.images)
+        try:
+            return encode(
+                record,
+                self.processor,
+                image_folder=settings.image_folder,
+                min_pixels=getattr(settings, f"{kind}_min_pixels"),
+                max_pixels=getattr(settings, f"{kind}_max_pixels"),
+                max_length=settings.multimodal_max_length if has_media else settings.text_max_length,
+            )
+        except (ValueError, OSError) as error:
+            sentence = str(error) if f"ecord {record.id} " in str(error) else f"Record {record.id}: {error}"
+            where = f" ({record.source})" if record.source and record.source not in sentence else ""
+            raise RecordEncodingError(sentence + where) from error
+
+
+class EncodedRecords(Dataset):
+    """Any indexable collection of records, encoded when asked for."""
+
+    def __init__(self, records: Sequence[Record | dict], encoder: Encoder):
+        self.records, self.encoder = records, encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.encoder(self.records[index])
+
+
+class EncodedStream(IterableDataset):
+    """Any iterable of records, encoded as they come; each worker takes its share of them."""
+
+    def __init__(self, records: Any, encoder: Encoder):
+        self.records, self.encoder = records, encoder
+
+    def __iter__(self) -> Iterator[Encoded]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        return map(self.encoder, islice(self.records, first, None, step))
+
+
+def encoded_dataset(records: Any, encoder: Encoder) -> EncodedRecords | EncodedStream:
+    """A dataset over records: indexable ones can be shuffled and resumed exactly, others stream in their order."""
+    indexable = hasattr(records, "__len__") and hasattr(records, "__getitem__")
+    return (EncodedRecords if indexable else EncodedStream)(records, encoder)
+
+
+def read_all(paths: Sequence[str]) -> list[Record]:
+    """The records of several data files, one after the other."""
+    return [record for path in paths for record in read_records(path)]
+
+
+def collate_samples(samples: list[Encoded]) -> dict[str, Any]:
+    """A batch for the model, and under "dropped" the sentences saying what truncation took from its samples."""
+    batch = collate(samples)
+    batch["dropped"] = [f"Record {sample.id}: {sentence}" for sample in samples for sentence in sample.dropped]
+    return batch

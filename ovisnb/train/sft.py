@@ -1,0 +1,306 @@
+"""Supervised fine-tuning through transformers' Trainer, one run folder a run.
+
+    run_sft(Settings.from_json("sft.json"))
+
+The run folder (output_dir) then holds
+    settings.json    the settings, ready for Settings.from_json
+    metrics.jsonl    one line a log: step, epoch, loss, learning_rate, grad_norm, samples_seen, tokens_seen,
+                     supervised_tokens, seconds (all four since the run began), or step, epoch, eval_loss
+    tensorboard/     the same for tensorboard
+    checkpoint-N/    model, processor and optimizer: ovisnb.load opens it, and a stopped run continues from it
+    final/           the trained model in the native layout; it appears whole or not at all
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ovisnb.model import load, save
+from ovisnb.train.callbacks import MetricsFile, ProgressLines
+from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, read_all
+from ovisnb.train.modules import freeze
+from ovisnb.train.settings import Settings, SettingsError
+
+SHOWN_TRUNCATIONS = 3
+
+
+def run_sft(
+    settings: Settings,
+    *,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    model: nn.Module | None = None,
+    processor: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Train as the settings say and return the run folder.
+
+    train_dataset and eval_dataset are collections of Records (or dicts in the data format) in place of data_path
+    and eval_data_path: a list, anything with __len__ and __getitem__, or any iterable (then max_steps is needed).
+    model and processor come together, in place of model_path.
+
+    A stopped run continues from its latest complete checkpoint; on the CPU, with indexable data, it ends in the
+    same weights, bit for bit, as one that was never stopped.
+
+    Raises SettingsError for settings that cannot work, RecordEncodingError for a record that cannot be encoded,
+    FloatingPointError when the loss is no number any more.
+    """
+    folder = Path(settings.output_dir)
+    if not settings.resume and folder.exists() and any(folder.iterdir()):
+        raise SettingsError(f"{folder} is not empty and resume is false: choose another output_dir, or resume.")
+    records, eval_records = _records(settings, train_dataset, eval_dataset)
+    if not hasattr(records, "__len__") and settings.max_steps < 1:
+        raise SettingsError("The training data is a stream without a length: give max_steps.")
+    if (model is None) != (processor is None):
+        raise SettingsError("model and processor come together: pass both or neither.")
+    if (model is None) == (settings.model_path is None):
+        raise SettingsError("Give the model to start from, either as model_path or as model and processor.")
+    if not torch.cuda.is_available():
+        # accelerate imports deepspeed, which otherwise prints that it looked for a GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if settings.dataloader_num_workers:
+        # workers are forked, and tokenizers' threads do not survive that
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = _training_arguments(settings, evaluates=eval_records is not None)
+    if model is None:
+        # Weights stay in float32 while they train: steps of 1e-5 vanish in bfloat16's 8 bits.
+        model, processor = load(settings.model_path, dtype=torch.float32,
+                                attn_implementation=settings.attn_implementation)
+    trained = freeze(model, settings)
+
+    checkpoint = last_checkpoint(folder)
+    if arguments.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "settings.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+        print("training " + ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in trained.items() if count))
+        print(f"run folder {folder}" + (f", continuing from {checkpoint.name}" if checkpoint else ""), flush=True)
+
+    encoder = Encoder(processor, settings)
+    trainer = SftTrainer(
+        model=model,
+        args=arguments,
+        processor=processor,
+        data_collator=collate_samples,
+        train_dataset=encoded_dataset(records, encoder),
+        eval_dataset=None if eval_records is None else encoded_dataset(eval_records, encoder),
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressLines(), *_tensorboard(settings, checkpoint),
+                   *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if checkpoint and _step(checkpoint) >= trainer.planned_steps():
+        # Trainer would take one step more
+        print(f"{checkpoint.name} is the end of this run: nothing is left to train", flush=True)
+        if (folder / "final").exists():
+            return folder
+        trainer.model, _ = load(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        save(trainer.accelerator.unwrap_model(trainer.model), processor, folder / "final", layout="native")
+        print(f"saved {folder / 'final'}", flush=True)
+    return folder
+
+
+class SftTrainer(Trainer):
+    """Trainer that counts what it saw, weighs eval_loss by tokens, and saves the processor with the model."""
+
+    def __init__(self, *args: Any, processor: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.processor = processor
+        self.seen: dict[str, Any] | None = None
+        self.truncated = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen = None
+        return super().train(*args, **kwargs)
+
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole run, resumed part included."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * per_epoch)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step and their number of supervised tokens, counted on the way."""
+        batches, supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.seen is None:
+            self._begin_counting()
+        for batch in batches:
+            self._report_dropped(batch.pop("dropped"))
+            self.seen["samples_seen"] += len(batch["input_ids"]) * self.args.world_size
+            self.seen["tokens_seen"] += batch["attention_mask"].sum() * self.args.world_size
+        if supervised is not None:
+            # a float tensor in some versions, which would lose count above 16.7 million
+            self.seen["supervised_tokens"] += torch.as_tensor(supervised).round().long()
+        return batches, supervised
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            # .item() only here: on a GPU it waits for the device
+            logs |= {name: int(value) for name, value in self.seen.items()}
+            logs["seconds"] = round(time.monotonic() - self._began, 3)
+        super().log(logs, start_time)
+
+    def _begin_counting(self) -> None:
+        """Start the counters at zero, or where the checkpoint's last log left them."""
+        names = ("samples_seen", "tokens_seen", "supervised_tokens")
+        last = next((log for log in reversed(self.state.log_history) if "samples_seen" in log), {})
+        self.seen = {name: last.get(name, 0) for name in names}
+        self._began = time.monotonic() - last.get("seconds", 0.0)
+
+    def _report_dropped(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self.truncated += 1
+            if self.truncated <= SHOWN_TRUNCATIONS:
+                print(sentence, flush=True)
+            if self.truncated == SHOWN_TRUNCATIONS:
+                print("further truncated records are not shown", flush=True)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._report_dropped(inputs.pop("dropped"))
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        sums = self.accelerator.gather(torch.stack([loss * tokens, tokens.to(loss.dtype)])[None])
+        self._eval_sums += sums.double().sum(0).cpu()
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The loop of Trainer, with a loss that is the mean over supervised tokens whatever the batch size."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self._eval_sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / tokens if tokens else math.nan
+        return output
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's choice (no biases, no norms) without embeddings: a rare row would shrink each step unseen."""
+        embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in embeddings]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Trainer's count walks over every module in every step and knows nothing of the vision tower's patches.
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint-N of a run folder that was written to its end, or None.
+
+    Trainer writes trainer_state.json last, so a checkpoint cut short by a killed run has none.
+    """
+    complete = []
+    for path in Path(folder).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (path / "optimizer.pt").is_file() and _is_json(path / "trainer_state.json"):
+            complete.append((int(number), path))
+    return max(complete)[1] if complete else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _records(settings: Settings, train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """The training and evaluation records, from the arguments or from the files; evaluation may be None."""
+    for given, name in ((train, "data_path"), (evaluation, "eval_data_path")):
+        if given is not None and getattr(settings, name):
+            raise SettingsError(f"{name} and a dataset are both given: choose one.")
+    if train is None and not settings.data_path:
+        raise SettingsError("There is nothing to train on: give data_path, or a train_dataset.")
+    records = read_all(settings.data_path) if train is None else train
+    eval_records = read_all(settings.eval_data_path) if settings.eval_data_path else evaluation
+    for some, name in ((records, "training"), (eval_records, "evaluation")):
+        if hasattr(some, "__len__") and len(some) == 0:
+            raise SettingsError(f"The {name} data holds no record.")
+    return records, eval_records
+
+
+def _training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments:
+    """The settings in the words of transformers (5.17 to 5.23)."""
+    on_gpu = torch.cuda.is_available()
+    if settings.fp16 and not on_gpu:
+        raise SettingsError("fp16 needs a GPU: use bf16, or neither.")
+    workers = settings.dataloader_num_workers
+    # renamed in 5.20; the old name warns there
+    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    reporters = [name for name in settings.report_to.split(",") if name not in ("none", "tensorboard")]
+    arguments = TrainingArguments(
+        output_dir=settings.output_dir,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_eval_batch_size or settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        # a share of the steps when below one
+        warmup_steps=settings.warmup_ratio or settings.warmup_steps,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        fp16=settings.fp16,
+        seed=settings.seed,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+        dataloader_pin_memory=on_gpu,
+        logging_steps=settings.logging_steps,
+        # the filter waits for the GPU in every step, and hides what MetricsFile stops the run for
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=settings.save_total_limit,
+        eval_strategy="no" if not evaluates else "steps" if settings.eval_steps else "epoch",
+        eval_steps=settings.eval_steps,
+        report_to=reporters or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{checkpointing: settings.gradient_checkpointing},
+    )
+    if arguments.n_gpu > 1:
+        # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
+        print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _tensorboard(settings: Settings, checkpoint: Path | None) -> Iterable[TrainerCallback]:
+    if "tensorboard" not in settings.report_to.split(","):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    # what a stopped run wrote after its checkpoint is hidden
+    step = _step(checkpoint) + 1 if checkpoint else None
+    return [TensorBoardCallback(SummaryWriter(Path(settings.output_dir) / "tensorboard", purge_step=step))]
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,289 @@
+"""A run at toy size: what it leaves behind, resume, what trains, what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import ovisnb.model
+from ovisnb.chat import collate
+from ovisnb.train import Settings, SettingsError, run_sft
+from ovisnb.train.callbacks import MetricsFile, read_metrics
+from ovisnb.train.dataset import Encoder, EncodedStream, RecordEncodingError
+from ovisnb.train.modules import freeze
+from ovisnb.train.sft import SftTrainer, last_checkpoint
+
+PIXELS = {f"{kind}_{side}_pixels": value for kind in ("single_image", "multiple_image", "video")
+          for side, value in (("min", 32 * 32), ("max", 64 * 64))}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eight records in a file, with answers of very different lengths, one of text only, one of two images."""
+    chance = random.Random(0)
+    records = []
+    for number in range(8):
+        name = f"{number}.png"
+        Image.new("RGB", (64, 48), tuple(chance.randrange(256) for _ in range(3))).save(tmp_path / name)
+        records.append({"id": f"r{number}", "image": name, "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": "a colour " * (1 + number)}]})
+    records[3]["image"] = ["3.png", "4.png"]
+    records[3]["conversations"][0]["value"] = "<image> and <image>?"
+    del records[5]["image"]
+    records[5]["conversations"][0]["value"] = "Hello"
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture
+def toy(golden, data, tmp_path):
+    """Settings of a short run, with changes."""
+
+    def make(folder="run", **changes):
+        values = {"model_path": str(golden / "checkpoint"), "data_path": str(data), "image_folder": str(tmp_path),
+                  "output_dir": str(tmp_path / folder), "max_steps": 6, "per_device_train_batch_size": 2,
+                  "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 3, "report_to": "none"} | PIXELS | changes
+        return Settings.from_dict(values)
+
+    return make
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+class StopAt(TrainerCallback):
+    """Stop as a killed run would: after the checkpoint of this step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_run_leaves_a_run_folder(toy, data, golden, capsys):
+    settings = toy(max_steps=4, eval_data_path=str(data), eval_steps=2, save_steps=2, report_to="tensorboard")
+    folder = run_sft(settings)
+    assert Settings.from_json(folder / "settings.json") == settings
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4]
+    assert [line["samples_seen"] for line in trained] == [2, 4, 6, 8]
+    assert {"epoch", "learning_rate", "grad_norm", "tokens_seen", "seconds"} <= trained[0].keys()
+    _, processor = ovisnb.model.load(golden / "checkpoint")
+    encoder = Encoder(processor, settings)
+    samples = [encoder(json.loads(line)) for line in data.read_text().splitlines()]
+    # four steps of two are the whole file once
+    assert trained[-1]["supervised_tokens"] == sum(int((sample.labels != -100).sum()) for sample in samples)
+    assert trained[-1]["tokens_seen"] == sum(len(sample) for sample in samples)
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    assert evaluated[1]["eval_loss"] < evaluated[0]["eval_loss"]
+
+    assert list((folder / "tensorboard").glob("events*"))
+    model, _ = ovisnb.model.load(folder / "final")
+    from_checkpoint, _ = ovisnb.model.load(folder / "checkpoint-4")
+    start, _ = ovisnb.model.load(golden / "checkpoint")
+    batch = collate(samples[:3])
+    with torch.no_grad():
+        assert model(**batch).loss < start(**batch).loss
+        assert torch.equal(model(**batch).loss, from_checkpoint(**batch).loss)
+    printed = capsys.readouterr().out
+    assert "step 4/4  loss" in printed and "eta 0:00" in printed and "eval_loss" in printed
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_ends_in_the_same_weights(toy, tmp_path, workers):
+    whole = run_sft(toy("whole", num_train_epochs=2, dataloader_num_workers=workers))
+    stopped = run_sft(toy("stopped", num_train_epochs=2, dataloader_num_workers=workers), callbacks=[StopAt(3)])
+    assert last_checkpoint(stopped).name == "checkpoint-3"
+    with (stopped / "metrics.jsonl").open("a") as file:  # what a run killed after its checkpoint had logged
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
+    run_sft(toy("stopped", num_train_epochs=2, dataloader_num_workers=workers))
+    one, other = weights(whole / "final"), weights(stopped / "final")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
+             for folder in (whole, stopped)]
+    assert lines[0] == lines[1]
+
+
+def test_a_finished_run_is_not_trained_further(toy, capsys):
+    folder = run_sft(toy(max_steps=3))
+    before, metrics = weights(folder / "final"), (folder / "metrics.jsonl").read_text()
+    run_sft(toy(max_steps=3))
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(folder / "final").items())
+    assert (folder / "metrics.jsonl").read_text() == metrics
+
+
+def test_resume_false_refuses_a_folder_in_use(toy):
+    folder = run_sft(toy(max_steps=1))
+    with pytest.raises(SettingsError, match="is not empty and resume is false"):
+        run_sft(toy(max_steps=1, resume=False))
+    assert folder.exists()
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
+    for step, state in ((2, "{}"), (10, "{}"), (30, '{"global_st'), (40, None)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").touch()
+        if state:
+            (checkpoint / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_accumulation_weighs_tokens_not_batches(toy):
+    """One step of eight samples, at once or in pieces: the same loss and gradient, though lengths differ."""
+    lines = []
+    for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
+        folder = run_sft(toy(f"run{batch}", max_steps=1, per_device_train_batch_size=batch,
+                             gradient_accumulation_steps=accumulate, save_steps=0))
+        lines += read_metrics(folder / "metrics.jsonl")
+    assert lines[0]["samples_seen"] == lines[1]["samples_seen"] == lines[2]["samples_seen"] == 8
+    for line in lines[1:]:
+        assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
+
+
+def test_eval_loss_is_the_mean_over_tokens(toy, data):
+    losses = []
+    for batch in (1, 3, 8):
+        folder = run_sft(toy(f"run{batch}", max_steps=1, learning_rate=0, eval_data_path=str(data), save_steps=0,
+                             per_device_eval_batch_size=batch))
+        losses += [line["eval_loss"] for line in read_metrics(folder / "metrics.jsonl") if "eval_loss" in line]
+    assert len(losses) == 3
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "moving"),
+    [
+        ({"train_modules": "visual_tokenizer.head|vte"}, ("model.vision_tower.head_", "model.visual_embeddings_table.")),
+        ({"train_modules": "visual_tokenizer"}, ("model.vision_tower.",)),
+        ({"train_modules": "llm"}, ("model.language_model.", "lm_head.")),
+        ({"freeze_llm": True, "freeze_vision_tower": True},
+         ("model.vision_tower.head_", "model.visual_embeddings_table.")),
+    ],
+)
+def test_only_the_named_modules_move(toy, golden, changes, moving):
+    folder = run_sft(toy(max_steps=2, weight_decay=0.1, save_steps=0, **changes))
+    before = ovisnb.model.load(golden / "checkpoint")[0].state_dict()
+    after = ovisnb.model.load(folder / "final")[0].state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(moving) for name in moved)
+    assert all(any(name.startswith(prefix) for name in moved) for prefix in moving if prefix != "lm_head.")
+
+
+def test_frozen_parameters_get_no_gradient(golden, toy):
+    model, processor = ovisnb.model.load(golden / "checkpoint")
+    settings = toy(train_modules="visual_tokenizer.vit")
+    counts = freeze(model, settings)
+    assert counts["visual_tokenizer.vit"] > 0 and counts["llm"] == counts["vte"] == 0
+    record = {"id": "r", "image": Image.new("RGB", (64, 64), "red"), "conversations": [
+        {"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}]}
+    model(**collate([Encoder(processor, settings)(record)])).loss.backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient and all(name.startswith("model.vision_tower.transformer.") for name in with_gradient)
+
+
+def test_nothing_left_to_train(golden, toy):
+    model, _ = ovisnb.model.load(golden / "checkpoint")
+    with pytest.raises(SettingsError, match="Nothing is left to train"):
+        freeze(model, toy(train_modules="visual_tokenizer.vit").model_copy(update={"freeze_vision_tower": True}))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_that_cannot_be_encoded_is_named(toy, tmp_path, data, workers):
+    (tmp_path / "6.png").unlink()
+    with pytest.raises(RecordEncodingError, match="r6") as caught:
+        run_sft(toy(dataloader_num_workers=workers))
+    assert "data.jsonl:7" in str(caught.value)
+
+
+def test_datasets_in_place_of_files(toy, golden, tmp_path):
+    model, processor = ovisnb.model.load(golden / "checkpoint")
+    records = [{"id": str(n), "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho " * n}]}
+               for n in range(1, 6)]
+    settings = toy(model_path=None, data_path=None, max_steps=4, dataloader_num_workers=2, save_steps=0)
+
+    class Stream:
+        def __iter__(self):
+            return iter(records)
+
+    folder = run_sft(settings, train_dataset=Stream(), eval_dataset=records, model=model, processor=processor)
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert max(line["step"] for line in lines) == 4 and any("eval_loss" in line for line in lines)
+    with pytest.raises(SettingsError, match="give max_steps"):
+        run_sft(toy(data_path=None, max_steps=-1), train_dataset=Stream())
+    with pytest.raises(SettingsError, match="data_path and a dataset are both given"):
+        run_sft(toy(), train_dataset=records)
+    with pytest.raises(SettingsError, match="nothing to train on"):
+        run_sft(toy(data_path=None))
+    with pytest.raises(SettingsError, match="holds no record"):
+        run_sft(toy(data_path=None), train_dataset=[])
+    with pytest.raises(SettingsError, match="model and processor come together"):
+        run_sft(toy(), model=model)
+    with pytest.raises(SettingsError, match="either as model_path or as model"):
+        run_sft(toy(model_path=None))
+
+
+def test_workers_share_a_stream_without_repeats():
+    stream = EncodedStream(range(10), encoder=int)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=3)
+    assert sorted(loader) == list(range(10))
+
+
+def test_pixel_and_length_limits_follow_the_kind_of_record(golden, toy):
+    _, processor = ovisnb.model.load(golden / "checkpoint")
+    limits = {"single_image_max_pixels": 96 * 96, "multiple_image_max_pixels": 64 * 64, "video_max_pixels": 32 * 32}
+    encoder = Encoder(processor, toy(**limits, multimodal_max_length=60, text_max_length=30))
+    big = Image.new("RGB", (256, 256))
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x y z " * 40}]
+    one = encoder({"id": "1", "image": big, "conversations": turns})
+    two = encoder({"id": "2", "image": [big, big],
+                   "conversations": [{"from": "human", "value": "<image><image>"}, turns[1]]})
+    film = encoder({"id": "3", "video": [big, big], "conversations": [{"from": "human", "value": "<video>"}, turns[1]]})
+    text = encoder({"id": "4", "conversations": [{"from": "human", "value": "Hi"}, turns[1]]})
+    assert [grid.tolist() for grid in (one.image_grid_thw, two.image_grid_thw, film.video_grid_thw)] == [
+        [[1, 6, 6]], [[1, 4, 4], [1, 4, 4]], [[2, 2, 2]]]
+    assert [len(sample) for sample in (one, two, film, text)] == [60, 60, 60, 30]
+    assert all(sample.dropped for sample in (one, two, film, text))
+
+
+def test_truncation_is_told_a_few_times(toy, capsys):
+    folder = run_sft(toy(max_steps=4, multimodal_max_length=40, text_max_length=30, save_steps=0))
+    printed = capsys.readouterr().out
+    assert printed.count("further truncated records are not shown") == 1
+    assert (folder / "final").exists()
+
+
+def test_embeddings_and_norms_are_not_decayed(golden, toy):
+    model, _ = ovisnb.model.load(golden / "checkpoint")
+    decayed = SftTrainer.get_decay_parameter_names(SftTrainer.__new__(SftTrainer), model)
+    assert any("q_proj.weight" in name for name in decayed)
+    assert not [name for name in decayed if "embed" in name and "patch" not in name or "norm" in name or "bias" in name]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    class State:
+        global_step = 7
+        is_world_process_zero = True
+
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(FloatingPointError, match="nan by step 7: lower learning_rate"):
+        metrics.on_log(None, State(), None, logs={"loss": float("nan"), "grad_norm": float("inf"), "epoch": 1.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 7, "loss": None, "grad_norm": None, "epoch": 1.0}]
