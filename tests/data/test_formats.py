@@ -46,11 +46,13 @@ def told(path) -> str:
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ""])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_records(tmp_path, form, suffix, bom):
-    if suffix == ".jsonl" and form in ("wrapped, pretty", "wrapped among other keys"):
-        pytest.skip("a .jsonl file that opens with a brace holds one record a line")
     path = tmp_path / f"data{suffix}"
     path.write_bytes(bom + FORMS[form].encode("utf-8"))
-    assert [record.to_dict() for record in read_records(str(path))] == ENTRIES
+    if suffix == ".jsonl" and form in ("wrapped, pretty", "wrapped among other keys"):
+        # With this name an opening brace is a record of one line: reading on for its end could take the whole file.
+        assert "data.jsonl:1: broken JSON" in told(path)
+    else:
+        assert [record.to_dict() for record in read_records(str(path))] == ENTRIES
 
 
 def lines_of(path) -> list[str]:
