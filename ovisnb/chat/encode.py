@@ -110,13 +110,17 @@ def encode(
     return sample.finish(dropped)
 
 
+def _name(record: Record) -> str:
+    return f"record {record.id!r}" + (f" ({record.source})" if record.source else "")
+
+
 def _check_placeholders(record: Record) -> None:
     for placeholder, media in ((template.IMAGE, len(record.images)), (template.VIDEO, 1 if record.video else 0)):
         written = sum(turn.text.count(placeholder) for turn in record.turns)
         if written != media:
+            have = f"{media} {placeholder[1:-1]}{'' if media == 1 else 's'}"
             raise EncodeError(
-                f"Record {record.id} has {media} {placeholder[1:-1]}(s) but {written} {placeholder} in its text: "
-                "write one placeholder for each."
+                f"{_name(record)} has {have} but its text holds {written} {placeholder}: write one for each, in order."
             )
 
 
@@ -124,7 +128,7 @@ def _write_training(sample: _Sample, max_length: int | None) -> list[str]:
     """Write as many turns as fit; returns what was dropped, a sentence each."""
     record, turns = sample.record, sample.record.turns
     if all(turn.role != "gpt" for turn in turns):
-        raise EncodeError(f"Record {record.id} has no gpt turn, so there is nothing to learn: add one or leave it out.")
+        raise EncodeError(f"{_name(record)} has no gpt turn, so there is nothing to learn: add one or leave it out.")
     fits = None  # tokens and turns of the longest beginning within the limit that ends in an answer, or of all
     for index, turn in enumerate(turns):
         sample.add_turn(turn, index)
@@ -147,14 +151,17 @@ def _write_training(sample: _Sample, max_length: int | None) -> list[str]:
         kept = index + 1
         dropped.append(_cut_answer(sample, index, max_length))
     if kept < len(turns):
-        lost = len(record.images) - len(sample.used("image"))
-        pictures = f" and {lost} image{'s' if lost > 1 else ''}" if lost else ""
         dropped.append(
-            f"Turns {kept + 1} to {len(turns)} of {len(turns)}{pictures} were dropped to stay within {max_length} tokens."
+            f"Turns {kept + 1} to {len(turns)} of {len(turns)} were dropped to stay within {max_length} tokens."
         )
+    lost = len(record.images) - len(sample.used("image"))
+    if lost:
+        dropped.append(f"With that text went {lost} of {len(record.images)} images.")
+    if record.video and not sample.used("video"):
+        dropped.append("With that text went the video.")
     if not any(span.supervised for span in sample.spans):
         raise EncodeError(
-            f"Record {record.id} has no token that carries loss, only tool responses: give it an answer or leave it out."
+            f"{_name(record)} has nothing but unfinished tool responses to learn from: add an answer or leave it out."
         )
     return dropped
 
@@ -162,15 +169,17 @@ def _write_training(sample: _Sample, max_length: int | None) -> list[str]:
 def _cut_answer(sample: _Sample, turn: int, max_length: int) -> str:
     """Cut the end off the only answer, behind its last supervised token within the limit; returns what was cut."""
     length = len(sample.ids)
-    for span in reversed([span for span in sample.spans if span.supervised and span.start < max_length]):
-        end = min(span.end, max_length)
-        while end > span.start and sample.tokens.is_broken(sample.ids[span.start : end]):
-            end -= 1
-        if end > span.start:
-            sample.cut(end)
-            return f"The answer in turn {turn + 1} was cut off {length - end} tokens before its end to stay within {max_length} tokens."
+    for span in reversed(sample.spans):
+        if span.supervised and span.start < max_length:
+            end = sample.whole_characters(span.start, min(span.end, max_length))
+            if end > span.start:
+                sample.cut(end)
+                return (
+                    f"The answer in turn {turn + 1} lost the last {length - end} of its tokens "
+                    f"to stay within {max_length} tokens."
+                )
     raise EncodeError(
-        f"Record {sample.record.id} takes {length} tokens up to the end of its first answer, and a max_length of "
+        f"{_name(sample.record)} takes {length} tokens up to the end of its first answer, and a max_length of "
         f"{max_length} leaves nothing of that answer: raise max_length or lower max_pixels."
     )
 
@@ -180,14 +189,14 @@ def _write_prompt(sample: _Sample, max_length: int | None, enable_thinking: bool
     while turns and ROLES[turns[-1].role] == "assistant":
         turns.pop()
     if not turns:
-        raise EncodeError(f"Record {sample.record.id} has no turn before its answer, so there is nothing to prompt with.")
+        raise EncodeError(f"{_name(sample.record)} has no turn before its answer: add a human turn to make a prompt.")
     for index, turn in enumerate(turns):
         sample.add_turn(turn, index, prompt=True)
         sample.add_separator(turn, index)
     sample.add_header("gpt", len(turns), empty_think=not enable_thinking)
     if max_length is not None and len(sample.ids) > max_length:
         raise EncodeError(
-            f"The prompt of record {sample.record.id} takes {len(sample.ids)} tokens, more than the max_length of "
+            f"the prompt of {_name(sample.record)} takes {len(sample.ids)} tokens, more than the max_length of "
             f"{max_length}: raise max_length or lower max_pixels."
         )
 
@@ -278,7 +287,16 @@ class _Sample:
     def cut(self, end: int) -> None:
         """Drop all tokens from `end` on; the caller does not cut inside a picture."""
         del self.ids[end:]
-        self.spans = [replace(span, end=min(span.end, end)) for span in self.spans if span.start < end]
+        while self.spans[-1].start >= end:
+            self.spans.pop()
+        self.spans[-1] = replace(self.spans[-1], end=end)
+
+    def whole_characters(self, start: int, end: int) -> int:
+        """`end`, or up to three tokens less, so that [start, end) ends no character in the middle of its bytes."""
+        for shorter in range(end, max(start, end - 4), -1):
+            if not self.tokens.is_broken(self.ids[start:shorter]):
+                return shorter
+        return start
 
     def used(self, kind: str) -> list[int]:
         """Indices in the record of the media that the tokens stand for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from os.path import commonprefix
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -101,7 +102,8 @@ class ChatTokens:
         self.pad = tokenizer.pad_token_id
         if self.pad is None:  # GPT-2 and the like; padding is never attended to, so that any id will do
             self.pad = self.turn_end
-        self._backend = _text_backend(tokenizer.backend_tokenizer, {*control, self.turn_start, self.turn_end})
+        control = {*control, *tokenizer.all_special_ids, self.turn_start, self.turn_end}
+        self._backend = _text_backend(tokenizer.backend_tokenizer, control)
         self.separator = self.text_ids(SEPARATOR)
         self.headers = {role: [self.turn_start, *self.text_ids(header(role))] for role in ROLES}
         self.empty_think = self.text_ids(EMPTY_THINK)
@@ -119,7 +121,7 @@ class ChatTokens:
         ids = [self.turn_start, *self.text_ids(header(role) + text)]
         if ids[: len(expected)] == expected:
             return expected, ids[len(expected) :]
-        same = next(i for i, (a, b) in enumerate(zip(ids, expected)) if a != b)
+        same = len(commonprefix([ids, expected]))
         return ids[:same], ids[same:]
 
     def is_broken(self, ids: list[int]) -> bool:
@@ -130,7 +132,9 @@ class ChatTokens:
 def _token_id(tokenizer, token: str) -> int:
     index = tokenizer.get_vocab().get(token)
     if index is None:
-        raise ValueError(f"The tokenizer has no {token} token: build the model with ovisnb.model.assemble, which adds it.")
+        raise ValueError(
+            f"The tokenizer has no {token} token: build the model with ovisnb.model.assemble, which adds it."
+        )
     return index
 
 

@@ -34,9 +34,7 @@ def record_of(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def encoded(golden, golden_processor):
-    return {
-        name: encode(record_of(name), golden_processor, image_folder=golden / "images", **LIMITS) for name in CASES
-    }
+    return {name: encode(record_of(name), golden_processor, image_folder=golden / "images", **LIMITS) for name in CASES}
 
 
 def native(ids: np.ndarray, processor) -> list[int]:
@@ -67,12 +65,12 @@ def test_ids_labels_and_grids(name, encoded, numbers, golden_processor):
         assert grids.tolist() == numbers[f"encode/{name}/grid_thws"].tolist()
 
 
-@pytest.mark.parametrize(
-    "picture", [name for name, limits in SPEC["pixel_limits"].items() if limits == LIMITS]
-)
+@pytest.mark.parametrize("picture", [name for name, limits in SPEC["pixel_limits"].items() if limits == LIMITS])
 def test_pixels(picture, numbers, golden, golden_processor):
-    record = {"image": f"{picture}.png", "conversations": [
-        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Yes."}]}
+    record = {
+        "image": f"{picture}.png",
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Yes."}],
+    }
     ours = encode(record, golden_processor, image_folder=golden / "images", **LIMITS)
     np.testing.assert_allclose(ours.pixel_values, numbers[f"preprocess/{picture}/pixel_values"], atol=1e-6)
     assert ours.image_grid_thw.tolist() == np.atleast_2d(numbers[f"preprocess/{picture}/grid_thw"]).tolist()
