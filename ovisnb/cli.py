@@ -55,7 +55,10 @@ def infer(arguments: argparse.Namespace) -> int:
     from ovisnb.generate import Ovis25Inference
     from ovisnb.paths import resolve_model
 
-    if arguments.output_json:  # a folder that cannot be made should not cost a model's loading
+    # what can be refused now should not cost the loading of a model
+    if not arguments.image_path.is_file():
+        raise FileNotFoundError(f"there is no picture {arguments.image_path}")
+    if arguments.output_json:
         arguments.output_json.parent.mkdir(parents=True, exist_ok=True)
     ovis = Ovis25Inference(resolve_model(arguments.model_path))
     options = {
@@ -92,9 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
 def demo(arguments: argparse.Namespace) -> int:
     """Run the notebooks on what is shipped."""
     from ovisnb.notebooks import run_demo
-    from ovisnb.paths import resolve
 
-    run_demo(resolve("outputs") / "demo")
+    run_demo()
     return 0
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ovisnb.parameters import check_names, check_values, declared, parse_value
-from ovisnb.paths import repository_root, resolve
+from ovisnb.paths import repository_root
 
 KERNEL = "python3"
 
@@ -21,7 +22,7 @@ KERNEL = "python3"
 DEMO: dict[str, dict[str, Any]] = {
     "01_data": {},
     "02_masks": {},
-    "03_sft": {},
+    "03_sft": {"output_dir": "outputs/demo/03_sft"},
     "06_grounding": {},
 }
 
@@ -38,7 +39,7 @@ def read_notebook(path: Path):
         raise FileNotFoundError(f"there is no notebook {path}")
     try:
         return nbformat.read(path, as_version=4)
-    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, nbformat.ValidationError) as error:
         raise NotebookError(f"{path} is not a notebook ({_first_line(error)})") from None
 
 
@@ -82,6 +83,7 @@ def run_notebook(path: Path, output: Path, parameters: Mapping[str, Any]) -> Pat
             cwd=str(repository_root() or Path.cwd()),
             progress_bar=sys.stderr.isatty(),
             stdout_file=sys.stdout,
+            extra_arguments=["--log-level=ERROR"],  # the kernel's own log, not what the notebook prints
         )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {' '.join(error.evalue.split())}"
@@ -104,11 +106,14 @@ def write_page(notebook: Path) -> Path:
     return path
 
 
-def run_demo(folder: Path) -> None:
-    """Run the notebooks of DEMO into `folder`, saying how long each took; raises what run_notebook raises."""
+def run_demo() -> None:
+    """Run the notebooks of DEMO into the checkout's outputs/demo, emptied first, saying how long each took; raises what run_notebook raises."""
     root = repository_root()
     if root is None or not (root / "notebooks").is_dir():
         raise NotebookError("the demo runs the notebooks of a checkout, and there is none here: change into one")
+    folder = root / "outputs" / "demo"
+    if folder.exists():  # a run folder that is complete would be taken up again, and train nothing
+        shutil.rmtree(folder)
     for name, parameters in DEMO.items():
         print(f"== {name}", flush=True)
         begun = time.monotonic()
@@ -118,7 +123,7 @@ def run_demo(folder: Path) -> None:
 
 def default_output(path: Path) -> Path:
     """Where `ovisnb run` puts the executed notebook when it isn't told: a folder of its own for every run."""
-    return resolve("outputs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}" / path.name
+    return (repository_root() or Path.cwd()) / "outputs" / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}" / path.name
 
 
 def _check_kernel() -> None:
@@ -137,13 +142,15 @@ def _check_kernel() -> None:
 
 
 def _mark_dead(output: Path) -> str:
-    """Mark the cell during which the kernel died as failed (papermill calls it completed), and name it."""
+    """Mark the cell during which the kernel died as failed (papermill calls all of them completed), and name it."""
     import nbformat
 
     notebook = nbformat.read(output, as_version=4)
-    started = [i for i, cell in enumerate(notebook.cells) if cell.metadata.get("papermill", {}).get("start_time")]
+    started = [i for i, cell in enumerate(notebook.cells) if cell.metadata.papermill["start_time"]]
     if not started:
         return "its start"
+    for cell in notebook.cells[started[-1] + 1 :]:
+        cell.metadata.papermill["status"] = "pending"
     cell = notebook.cells[started[-1]]
     cell.metadata.papermill["status"] = "failed"
     cell.metadata.papermill["exception"] = True
