@@ -36,7 +36,7 @@ def test_help_imports_nothing_heavy():
         "heavy = ['torch', 'transformers', 'numpy', 'matplotlib', 'pydantic', 'PIL', 'papermill']\n"
         "assert not [name for name in heavy if name in sys.modules]\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert all(name in result.stdout for name in ("train", "infer", "run", "demo"))
 
