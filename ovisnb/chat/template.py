@@ -97,8 +97,13 @@ class ChatTokens:
     def __init__(self, tokenizer, control: tuple[int, ...] = ()):
         """`tokenizer`: a fast tokenizer; `control`: ids that text must never become, besides its special tokens."""
         self.size = len(tokenizer)
-        self.turn_start = _token_id(tokenizer, TURN_START)
-        self.turn_end = _token_id(tokenizer, TURN_END)
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in (TURN_START, TURN_END) if token not in vocabulary]:
+            raise ValueError(
+                f"The tokenizer has no {' and no '.join(missing)} token: "
+                "build the model with ovisnb.model.assemble, which adds what is missing."
+            )
+        self.turn_start, self.turn_end = vocabulary[TURN_START], vocabulary[TURN_END]
         self.pad = tokenizer.pad_token_id
         if self.pad is None:  # GPT-2 and the like; padding is never attended to, so that any id will do
             self.pad = self.turn_end
@@ -127,15 +132,6 @@ class ChatTokens:
     def is_broken(self, ids: list[int]) -> bool:
         """Whether the ids end inside a character (of several bytes, and so perhaps of several tokens)."""
         return self._backend.decode(ids, skip_special_tokens=False).endswith("\N{REPLACEMENT CHARACTER}")
-
-
-def _token_id(tokenizer, token: str) -> int:
-    index = tokenizer.get_vocab().get(token)
-    if index is None:
-        raise ValueError(
-            f"The tokenizer has no {token} token: build the model with ovisnb.model.assemble, which adds it."
-        )
-    return index
 
 
 def _text_backend(backend: Tokenizer, control: set[int]) -> Tokenizer:
