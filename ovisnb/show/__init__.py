@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .data import examples, overview_figure, overview_table, regions_of, select, show_record, summarise
-from .grounding import before_after, compared, pair_up, with_box
+from .grounding import before_after, compared, pair_up, question_of, with_box
 from .html import Html, Plot
 from .regions import Picture, draw_regions, gallery, show_regions
 from .runs import show_accuracy, show_run
@@ -21,6 +21,7 @@ __all__ = [
     "overview_figure",
     "overview_table",
     "pair_up",
+    "question_of",
     "reason_table",
     "regions_of",
     "select",

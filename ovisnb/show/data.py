@@ -31,7 +31,7 @@ def show_record(record: Record | dict, image_folder: str | Path | None = None, *
     """
     record = Record.from_dict(record) if isinstance(record, dict) else record
     images, frames = open_media(record, image_folder)
-    facts = [fact for fact in (record.kind, record.source) if fact]
+    facts = [fact for fact in (record.kind, record.source.replace("\\", "/").rpartition("/")[2]) if fact]
     shots = []
     for at, (media, image) in enumerate(zip(record.images, images)):
         name = f"image {at + 1} · {image.width}×{image.height}"
@@ -62,17 +62,19 @@ def examples(records: Iterable[Record]) -> dict[str, Record]:
     """The first record of each kind of conversation there is, by what is special about it."""
     tests = {
         "a video": lambda record, text: record.video is not None,
-        "a tool call and the crop it returns": lambda record, text: "<tool_call>" in text,
+        "a tool's answer": lambda record, text: "</tool_response>" in text,
+        "a tool call and the crop it returns": lambda record, text: "</tool_call>" in text,
         "several pictures": lambda record, text: len(record.images) > 1,
-        "thinking": lambda record, text: "<think>" in text,
+        "an answer not to learn from": lambda record, text: any(turn.role == "ignored_gpt" for turn in record.turns),
+        "text only": lambda record, text: not record.images,
+        "thinking": lambda record, text: "</think>" in text,
         "a system prompt": lambda record, text: record.turns[0].role == "system",
         "several turns": lambda record, text: len(record.turns) > 2,
-        "text only": lambda record, text: not record.images,
-        "one picture": lambda record, text: len(record.images) == 1,
+        "one picture": lambda record, text: True,
     }
     found: dict[str, Record] = {}
     for record in records:
-        text = "".join(turn.text for turn in record.turns)
+        text = "".join(turn.text for turn in record.turns if turn.role == "gpt")
         name = next((name for name, test in tests.items() if test(record, text)), None)
         if name and name not in found:
             found[name] = record
@@ -81,14 +83,15 @@ def examples(records: Iterable[Record]) -> dict[str, Record]:
 
 def select(records: Iterable[Record], ids: str) -> list[Record]:
     """The records named in `ids` (separated by commas), in that order; ValueError for one that is not there."""
-    found = {record.id: record for record in records}
+    records = list(records)
     wanted = [name.strip() for name in ids.split(",") if name.strip()]
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        near = difflib.get_close_matches(missing[0], found, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the {len(found)} records read begin with {next(iter(found), None)!r}."
-        raise ValueError(f"No record has the id {missing[0]!r}: {hint}")
-    return [found[name] for name in wanted]
+    known = [record.id for record in records]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1) or known[:1]
+            hint = f"did you mean {near[0]!r}?" if near else "no record was read."
+            raise ValueError(f"None of the {len(known)} records read has the id {name!r}: {hint}")
+    return [record for name in wanted for record in records if record.id == name]
 
 
 def summarise(records: Iterable[Record], processor=None, *, image_folder=None, min_pixels=None, max_pixels=None) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ovisnb.data.media import open_media
 from ovisnb.data.record import Record
 from ovisnb.generate.answer import Box, parse
+from ovisnb.generate.inference import REQUESTS
 
 
 def with_box(records: Iterable[Record]) -> list[Record]:
@@ -27,8 +28,7 @@ def compared(records: Sequence[Record], rows: Sequence[dict], image_folder=None,
     for record in records:
         mine = by_record[record.id]
         overlap = _mean_iou(mine)
-        question = next(turn.text for turn in reversed(record.turns) if turn.role == "human")
-        caption = f"IoU {overlap:.2f}{_missing(mine)} · {_short(question)}"
+        caption = f"IoU {overlap:.2f}{_missing(mine)} · {question_of(record)}"
         items.append((overlap, _item(record, mine, image_folder) | {"caption": caption}))
     return [item for _, item in (sorted(items, key=lambda pair: pair[0]) if worst_first else items)]
 
@@ -42,6 +42,14 @@ def before_after(records: Sequence[Record], before: Sequence[dict], after: Seque
             caption = f"{name}: IoU {_mean_iou(mine):.2f}{_missing(mine)} · {record.id}"
             items.append(_item(record, mine, image_folder) | {"caption": caption})
     return items
+
+
+def question_of(record: Record) -> str:
+    """The record's last question, without placeholder, tags and the standing request that ends it."""
+    question = next((turn.text for turn in reversed(record.turns) if turn.role == "human"), "")
+    for word in ("<image>", "<ref>", "</ref>", *REQUESTS.values()):
+        question = question.replace(word, "")
+    return " ".join(question.split())
 
 
 def pair_up(images: str, questions: str) -> list[tuple[Path, str]]:
@@ -77,10 +85,3 @@ def _missing(rows: Sequence[dict]) -> str:
 def _item(record: Record, rows: Sequence[dict], image_folder) -> dict:
     boxes = [Box(*row["predicted"], label=row["label"]) for row in rows if row["predicted"]]
     return {"image": open_media(record, image_folder)[0][0], "boxes": boxes, "truth": [row["expected"] for row in rows]}
-
-
-def _short(question: str) -> str:
-    """A question without its placeholder, its tags and the standing request that ends it."""
-    for word in ("<image>", "<ref>", "</ref>", "Please provide the bounding box coordinates."):
-        question = question.replace(word, "")
-    return " ".join(question.split())

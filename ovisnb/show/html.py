@@ -72,7 +72,8 @@ def table(rows: list[tuple], *, head: tuple = ()) -> str:
         for column, value in enumerate(values):
             text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
             align = "left" if column == 0 else "right"
-            cells.append(f'<{tag} style="text-align:{align};padding:2px 16px 2px 0">{escape(text)}</{tag}>')
+            style = f"text-align:{align};padding:2px 10px 2px 0;white-space:nowrap"
+            cells.append(f'<{tag} style="{style}">{escape(text)}</{tag}>')
         return f"<tr>{''.join(cells)}</tr>"
 
     lines = [line(head, "th")] if head else []

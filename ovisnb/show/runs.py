@@ -91,7 +91,7 @@ def show_accuracy(results: dict[str, list[dict]]) -> Plot:
         for x, line in zip(place, lines):
             axis.text(x, min(line["high"], 1) + 0.02, f"{line['accuracy']:.2f}", ha="center", fontsize=9)
     counts = {str(line["objects"]): line["n"] for lines in results.values() for line in lines}
-    axis.set_xticks(range(len(groups)), [f"{group}\n{counts[group]} boxes" for group in groups])
+    axis.set_xticks(range(len(groups)), [f"{group}\nn = {counts[group]}" for group in groups])
     axis.set(ylim=(0, 1.15), ylabel="share with IoU ≥ 0.5", xlabel="objects in the scene")
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axis.spines[["top", "right"]].set_visible(False)

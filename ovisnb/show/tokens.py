@@ -7,6 +7,7 @@ labels from the labels. The result is static HTML that survives papermill and HT
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -51,24 +52,29 @@ def token_summary(encoded) -> dict:
     }
 
 
-def reason_table(encoded: list) -> Html:
-    """One row an `Encoded`: its id, tokens, tokens of each reason that occurs, share of supervised tokens."""
+def reason_table(encoded: Iterable, *, limit: int = 40) -> Html:
+    """One row for each of the first `limit` `Encoded`: its id, tokens, tokens of each reason that occurs, share
+    of supervised tokens; the last row is the sum over all of them."""
     rows = [token_summary(one) for one in encoded]
     reasons = [reason for reason in REASON_COLOURS if any(reason in row["reasons"] for row in rows)]
     reasons += sorted({reason for row in rows for reason in row["reasons"]} - set(reasons))
     head = ("record", "tokens", *reasons, "supervised")
     counts = [[row["reasons"].get(reason, {"tokens": 0})["tokens"] for reason in reasons] for row in rows]
-    lines = [(row["id"], row["tokens"], *some, f"{row['share']:.1%}") for row, some in zip(rows, counts)]
+    lines = [(row["id"], row["tokens"], *some, f"{row['share']:.1%}") for row, some in zip(rows[:limit], counts)]
+    lines += [(f"… {len(rows) - limit:,} more", *[""] * (len(head) - 1))] if len(rows) > limit else []
     total, supervised = (sum(row[key] for row in rows) for key in ("tokens", "supervised"))
     lines.append(("all", total, *map(sum, zip(*counts)), f"{supervised / total:.1%}" if total else ""))
     return Html(table(lines, head=head))
 
 
-def show_tokens(encoded, processor, *, record=None, image_folder: str | Path | None = None) -> Html:
+def show_tokens(
+    encoded, processor, *, record=None, image_folder: str | Path | None = None, token_ids: bool = False
+) -> Html:
     """The mask view of `encoded` as static HTML, all text escaped.
 
     With `record` (and `image_folder`, as for `encode`) each run of visual tokens shows its picture;
-    without it only its grid t x h x w in patches and its number of tokens.
+    without it only its grid t x h x w in patches and its number of tokens. Position, id and label of a
+    token are its tooltip; `token_ids` also writes the id below it.
     """
     pictures, frames = _pictures(record, image_folder)
     pieces = _pieces(encoded.input_ids.tolist(), processor.tokenizer)
@@ -91,11 +97,12 @@ def show_tokens(encoded, processor, *, record=None, image_folder: str | Path | N
             label = "none" if labels[at] == -100 else labels[at]
             title = f"position {at} · id {ids[at]} · label {label} · {where}"
             text = pieces[ids[at]]
-            parts.append(f'<span style="{style}" title="{title}">{text}</span>' + "<br>" * text.count("↵"))
+            below = f'<div style="font-size:9px;opacity:0.75">{ids[at]}</div>' if token_ids else ""
+            parts.append(f'<span style="{style}" title="{title}">{text}{below}</span>' + "<br>" * text.count("↵"))
     parts.append("</div>" if parts else "")
     body = f'<div style="{MONO};font-size:12px;line-height:1.65;margin-top:8px">{"".join(parts)}</div>'
     summary = token_summary(encoded)
-    return Html(f'<div style="{FONT};margin:8px 0 20px 0">{_header(summary)}{_legend(summary)}{body}</div>')
+    return Html(f'<div style="{FONT};margin:8px 0 20px 0">{_header(summary)}{_legend(summary)}{body}{_spans(encoded)}</div>')
 
 
 def _header(summary: dict) -> str:
@@ -136,17 +143,29 @@ def _media_box(span, encoded, pictures: list, frames: list) -> str:
     t, h, w = (int(side) for side in grids[span.media or 0])
     shown = frames[:4] if video else pictures[span.media : span.media + 1] if pictures else []
     thumbnails = "".join(
-        f'<div style="margin:2px 4px 2px 0">{picture(image, height=72, width=160)}</div>' for image in shown
+        f'<div style="margin:2px 0">{picture(image, height=72, width=160)}</div>' for image in shown
     )
     more = f" · first {len(shown)} of {len(frames)} frames" if video and len(frames) > len(shown) else ""
-    name = "video" if video else f"image {span.media + 1}"
-    text = f"{name} · {t}×{h}×{w} patches · {span.end - span.start:,} tokens{more}"
+    lines = ["video" if video else f"image {span.media + 1}", f"{t}×{h}×{w} patches", f"{span.end - span.start:,} tokens"]
+    if video and len(frames) > len(shown):
+        lines.append(f"first {len(shown)} of {len(frames)} frames")
+    text = "".join(f"<div>{line}</div>" for line in lines)
     title = f"positions {span.start} to {span.end - 1} · no label · {escape(span.reason)} (turn {span.turn})"
     return (
         f'<div style="display:inline-block;vertical-align:top;background-color:{background};color:{colour};'
         f'border-radius:4px;padding:3px 6px;margin:2px" title="{title}">'
-        f'<div style="display:flex">{thumbnails}</div>{text}</div>'
+        f'<div style="display:flex;gap:4px">{thumbnails}<div>{text}</div></div></div>'
     )
+
+
+def _spans(encoded) -> str:
+    """The spans as a table, folded away."""
+    rows = [
+        (f"{span.start:,} to {span.end - 1:,}", span.end - span.start, span.role, span.turn, span.reason, span.kind)
+        for span in encoded.spans
+    ]
+    inner = table(rows, head=("positions", "tokens", "role", "turn", "reason", "kind"))
+    return f'<details><summary style="{MUTED}">{len(rows)} spans</summary>{inner}</details>'
 
 
 def _pictures(record, image_folder) -> tuple[list, list]:
