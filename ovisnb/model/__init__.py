@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from .assemble import assemble
 from .checkpoint import CheckpointError, load, load_processor, save
 from .configuration import Ovis2_5Config, Ovis2_5VisionConfig
 from .image_processing import Ovis2_5ImageProcessor, Ovis2_5VideoProcessor, smart_resize
@@ -20,6 +21,7 @@ __all__ = [
     "Ovis2_5VisionConfig",
     "Ovis2_5VisionModel",
     "VisualIds",
+    "assemble",
     "load",
     "load_processor",
     "save",
