@@ -103,3 +103,15 @@ def test_a_notebook_runs_from_start_to_end_and_shows_its_pictures(notebook, tmp_
     if "output_dir" in parameters:
         assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
         assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_a_user_whose_data_has_no_boxes_gets_through_the_training_notebook(tmp_path):
+    (tmp_path / "data.jsonl").write_text(
+        '{"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]}\n'
+    )
+    parameters = {"model": MODEL, "data": str(tmp_path / "data.jsonl"), "image_folder": str(tmp_path), "shapes_share": 0.0}
+    run_notebook(
+        ROOT / "notebooks" / "03_sft.ipynb", tmp_path / "out.ipynb",
+        {**SMALL["03_sft"], **parameters, "max_steps": 1, "heldout": 2, "output_dir": str(tmp_path / "run")},
+    )
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
