@@ -22,8 +22,11 @@ def freeze(model: nn.Module, settings: Settings) -> dict[str, int]:
     Returns how many numbers train in each of llm, visual_tokenizer.vit, visual_tokenizer.head and vte.
     Raises SettingsError when nothing is left to train.
     """
-    frozen = [name for name, on in (("llm", settings.freeze_llm),
-                                    ("visual_tokenizer.vit", settings.freeze_vision_tower)) if on]
+    frozen = [
+        name
+        for name, on in (("llm", settings.freeze_llm), ("visual_tokenizer.vit", settings.freeze_vision_tower))
+        if on
+    ]
     counts = dict.fromkeys(("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte"), 0)
     for name, parameter in model.named_parameters():
         chosen = "all" in settings.trained or any(name.startswith(PREFIXES[part]) for part in settings.trained)
@@ -32,6 +35,8 @@ def freeze(model: nn.Module, settings: Settings) -> dict[str, int]:
             for part in counts:
                 counts[part] += parameter.numel() * name.startswith(PREFIXES[part])
     if not any(counts.values()):
-        raise SettingsError(f'Nothing is left to train: train_modules is "{settings.train_modules}" '
-                            f"and {' and '.join(frozen)} is frozen.")
+        raise SettingsError(
+            f'Nothing is left to train: train_modules is "{settings.train_modules}" '
+            f"and {' and '.join(frozen)} is frozen."
+        )
     return counts

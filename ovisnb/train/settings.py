@@ -53,8 +53,11 @@ class Settings(BaseModel):
     eval_data_path: list[str] = Field([], description="data file(s) for eval_loss")
     image_folder: str | None = Field(None, description="folder that the data's image paths are relative to")
     output_dir: str = Field("outputs/sft", description="the run folder")
-    resume: bool = Field(True, description="continue from the latest complete checkpoint in output_dir, if there "
-                                           "is one; false refuses an output_dir that is not empty")
+    resume: bool = Field(
+        True,
+        description="continue from the latest complete checkpoint in output_dir, if there "
+        "is one; false refuses an output_dir that is not empty",
+    )
     data_name: str | None = Field(None, description="a name for the data, kept in the run's settings.json")
     data_type: str = Field("conversation", description='"conversation" is the only type')
 
@@ -168,8 +171,10 @@ class Settings(BaseModel):
             raise SettingsError(f'data_type "{self.data_type}" is not known: "conversation" is the only type.')
         for name in self.trained:
             if ":" in name:
-                raise SettingsError(f'train_modules "{name}": a learning rate per module is not available yet, '
-                                    "give the module's name alone.")
+                raise SettingsError(
+                    f'train_modules "{name}": a learning rate per module is not available yet, '
+                    "give the module's name alone."
+                )
             if name not in MODULES:
                 raise SettingsError(f'train_modules "{name}" is no module; the modules are {", ".join(MODULES)}.')
         for switch, name in (("freeze_llm", "llm"), ("freeze_vision_tower", "visual_tokenizer.vit")):
@@ -206,8 +211,9 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         name = _known(key)
         if name in result and result[name] != value:
-            raise SettingsError(f"'{given_as[name]}' and '{key}' mean the same setting but differ: "
-                                f"{result[name]!r} and {value!r}.")
+            raise SettingsError(
+                f"'{given_as[name]}' and '{key}' mean the same setting but differ: {result[name]!r} and {value!r}."
+            )
         result[name], given_as[name] = value, key
     return result
 

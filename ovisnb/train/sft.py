@@ -17,16 +17,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
 
 from ovisnb.model import load, save
+from ovisnb.train.arguments import training_arguments
 from ovisnb.train.callbacks import MetricsFile, ProgressLines
 from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, read_all
 from ovisnb.train.modules import freeze
@@ -72,16 +75,19 @@ def run_sft(
     if settings.dataloader_num_workers:
         # workers are forked, and tokenizers' threads do not survive that
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = _training_arguments(settings, evaluates=eval_records is not None)
+    arguments = training_arguments(settings, evaluates=eval_records is not None)
     if model is None:
         # Weights stay in float32 while they train: steps of 1e-5 vanish in bfloat16's 8 bits.
-        model, processor = load(settings.model_path, dtype=torch.float32,
-                                attn_implementation=settings.attn_implementation)
+        model, processor = load(
+            settings.model_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
+        )
     trained = freeze(model, settings)
 
     checkpoint = last_checkpoint(folder)
     if arguments.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint:
+            _tell_changes(folder / "settings.json", settings)
         _write_text(folder / "settings.json", json.dumps(settings.to_dict(), indent=2) + "\n")
         print("training " + ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in trained.items() if count))
         print(f"run folder {folder}" + (f", continuing from {checkpoint.name}" if checkpoint else ""), flush=True)
@@ -94,8 +100,12 @@ def run_sft(
         data_collator=collate_samples,
         train_dataset=encoded_dataset(records, encoder),
         eval_dataset=None if eval_records is None else encoded_dataset(eval_records, encoder),
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressLines(), *_tensorboard(settings, checkpoint),
-                   *callbacks],
+        callbacks=[
+            MetricsFile(folder / "metrics.jsonl"),
+            ProgressLines(),
+            *_tensorboard(settings, checkpoint),
+            *callbacks,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     if checkpoint and _step(checkpoint) >= trainer.planned_steps():
@@ -105,9 +115,11 @@ def run_sft(
             return folder
         trainer.model, _ = load(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _no_bars():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), processor, folder / "final", layout="native")
+        with _no_bars():
+            save(trainer.accelerator.unwrap_model(trainer.model), processor, folder / "final", layout="native")
         print(f"saved {folder / 'final'}", flush=True)
     return folder
 
@@ -168,6 +180,9 @@ class SftTrainer(Trainer):
             if self.truncated == SHOWN_TRUNCATIONS:
                 print("further truncated records are not shown", flush=True)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._report_dropped(inputs.pop("dropped"))
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
@@ -212,6 +227,16 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
+def _tell_changes(file: Path, settings: Settings) -> None:
+    """Print the settings that differ from those of the run that is continued."""
+    if not _is_json(file):
+        return
+    before, now = json.loads(file.read_text(encoding="utf-8")), settings.to_dict()
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        print("settings changed since then: " + ", ".join(changed))
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
@@ -231,57 +256,6 @@ def _records(settings: Settings, train: Any, evaluation: Any) -> tuple[Any, Any]
     return records, eval_records
 
 
-def _training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments:
-    """The settings in the words of transformers (5.17 to 5.23)."""
-    on_gpu = torch.cuda.is_available()
-    if settings.fp16 and not on_gpu:
-        raise SettingsError("fp16 needs a GPU: use bf16, or neither.")
-    workers = settings.dataloader_num_workers
-    # renamed in 5.20; the old name warns there
-    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    reporters = [name for name in settings.report_to.split(",") if name not in ("none", "tensorboard")]
-    arguments = TrainingArguments(
-        output_dir=settings.output_dir,
-        num_train_epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_eval_batch_size or settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        # a share of the steps when below one
-        warmup_steps=settings.warmup_ratio or settings.warmup_steps,
-        optim=settings.optim,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        fp16=settings.fp16,
-        seed=settings.seed,
-        dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
-        dataloader_pin_memory=on_gpu,
-        logging_steps=settings.logging_steps,
-        # the filter waits for the GPU in every step, and hides what MetricsFile stops the run for
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=settings.save_total_limit,
-        eval_strategy="no" if not evaluates else "steps" if settings.eval_steps else "epoch",
-        eval_steps=settings.eval_steps,
-        report_to=reporters or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **{checkpointing: settings.gradient_checkpointing},
-    )
-    if arguments.n_gpu > 1:
-        # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
-        print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")
-        arguments._n_gpu = 1
-    return arguments
-
-
 def _tensorboard(settings: Settings, checkpoint: Path | None) -> Iterable[TrainerCallback]:
     if "tensorboard" not in settings.report_to.split(","):
         return []
@@ -290,6 +264,18 @@ def _tensorboard(settings: Settings, checkpoint: Path | None) -> Iterable[Traine
     # what a stopped run wrote after its checkpoint is hidden
     step = _step(checkpoint) + 1 if checkpoint else None
     return [TensorBoardCallback(SummaryWriter(Path(settings.output_dir) / "tensorboard", purge_step=step))]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bar that transformers draws for every checkpoint it writes or reads."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write_text(path: Path, text: str) -> None:

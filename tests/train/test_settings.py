@@ -10,12 +10,32 @@ from ovisnb.train import Settings, SettingsError
 
 
 def test_file_flags_and_dict_agree(tmp_path):
-    values = {"model_path": "m", "data_path": ["a.json", "b.json"], "bf16": True, "learning_rate": 1e-4,
-              "train_modules": "visual_tokenizer.head|vte", "save_total_limit": None, "max_steps": 7}
+    values = {
+        "model_path": "m",
+        "data_path": ["a.json", "b.json"],
+        "bf16": True,
+        "learning_rate": 1e-4,
+        "train_modules": "visual_tokenizer.head|vte",
+        "save_total_limit": None,
+        "max_steps": 7,
+    }
     file = tmp_path / "sft.json"
     file.write_text(json.dumps(values))
-    flags = ["--model_path", "m", "--data_path", "a.json", "b.json", "--bf16", "--learning_rate=1e-4",
-             "--train_modules", "visual_tokenizer.head|vte", "--save_total_limit", "none", "--max_steps", "7"]
+    flags = [
+        "--model_path",
+        "m",
+        "--data_path",
+        "a.json",
+        "b.json",
+        "--bf16",
+        "--learning_rate=1e-4",
+        "--train_modules",
+        "visual_tokenizer.head|vte",
+        "--save_total_limit",
+        "none",
+        "--max_steps",
+        "7",
+    ]
     settings = Settings.from_dict(values)
     assert settings.bf16 is True and settings.learning_rate == 1e-4 and settings.max_steps == 7
     assert Settings.from_json(file) == settings

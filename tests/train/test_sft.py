@@ -19,8 +19,11 @@ from ovisnb.train.dataset import Encoder, EncodedStream, RecordEncodingError
 from ovisnb.train.modules import freeze
 from ovisnb.train.sft import SftTrainer, last_checkpoint
 
-PIXELS = {f"{kind}_{side}_pixels": value for kind in ("single_image", "multiple_image", "video")
-          for side, value in (("min", 32 * 32), ("max", 64 * 64))}
+PIXELS = {
+    f"{kind}_{side}_pixels": value
+    for kind in ("single_image", "multiple_image", "video")
+    for side, value in (("min", 32 * 32), ("max", 64 * 64))
+}
 
 
 @pytest.fixture
@@ -31,9 +34,16 @@ def data(tmp_path):
     for number in range(8):
         name = f"{number}.png"
         Image.new("RGB", (64, 48), tuple(chance.randrange(256) for _ in range(3))).save(tmp_path / name)
-        records.append({"id": f"r{number}", "image": name, "conversations": [
-            {"from": "human", "value": "<image>\nWhat is this?"},
-            {"from": "gpt", "value": "a colour " * (1 + number)}]})
+        records.append(
+            {
+                "id": f"r{number}",
+                "image": name,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is this?"},
+                    {"from": "gpt", "value": "a colour " * (1 + number)},
+                ],
+            }
+        )
     records[3]["image"] = ["3.png", "4.png"]
     records[3]["conversations"][0]["value"] = "<image> and <image>?"
     del records[5]["image"]
@@ -48,9 +58,22 @@ def toy(golden, data, tmp_path):
     """Settings of a short run, with changes."""
 
     def make(folder="run", **changes):
-        values = {"model_path": str(golden / "checkpoint"), "data_path": str(data), "image_folder": str(tmp_path),
-                  "output_dir": str(tmp_path / folder), "max_steps": 6, "per_device_train_batch_size": 2,
-                  "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 3, "report_to": "none"} | PIXELS | changes
+        values = (
+            {
+                "model_path": str(golden / "checkpoint"),
+                "data_path": str(data),
+                "image_folder": str(tmp_path),
+                "output_dir": str(tmp_path / folder),
+                "max_steps": 6,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 1e-3,
+                "logging_steps": 1,
+                "save_steps": 3,
+                "report_to": "none",
+            }
+            | PIXELS
+            | changes
+        )
         return Settings.from_dict(values)
 
     return make
@@ -104,18 +127,22 @@ def test_a_run_leaves_a_run_folder(toy, data, golden, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_ends_in_the_same_weights(toy, tmp_path, workers):
+def test_a_stopped_run_ends_in_the_same_weights(toy, capsys, workers):
     whole = run_sft(toy("whole", num_train_epochs=2, dataloader_num_workers=workers))
     stopped = run_sft(toy("stopped", num_train_epochs=2, dataloader_num_workers=workers), callbacks=[StopAt(3)])
     assert last_checkpoint(stopped).name == "checkpoint-3"
     with (stopped / "metrics.jsonl").open("a") as file:  # what a run killed after its checkpoint had logged
         file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     run_sft(toy("stopped", num_train_epochs=2, dataloader_num_workers=workers))
+    printed = capsys.readouterr().out
+    assert "continuing from checkpoint-3" in printed and "settings changed" not in printed
     one, other = weights(whole / "final"), weights(stopped / "final")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
-             for folder in (whole, stopped)]
+    lines = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (whole, stopped)
+    ]
     assert lines[0] == lines[1]
 
 
@@ -126,6 +153,14 @@ def test_a_finished_run_is_not_trained_further(toy, capsys):
     assert "nothing is left to train" in capsys.readouterr().out
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(folder / "final").items())
     assert (folder / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_can_go_on_with_other_settings(toy, capsys):
+    run_sft(toy(max_steps=3))
+    folder = run_sft(toy(max_steps=4, learning_rate=5e-4))
+    assert "settings changed since then: max_steps 3 -> 4, learning_rate 0.001 -> 0.0005" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert Settings.from_json(folder / "settings.json").max_steps == 4
 
 
 def test_resume_false_refuses_a_folder_in_use(toy):
@@ -150,8 +185,15 @@ def test_accumulation_weighs_tokens_not_batches(toy):
     """One step of eight samples, at once or in pieces: the same loss and gradient, though lengths differ."""
     lines = []
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
-        folder = run_sft(toy(f"run{batch}", max_steps=1, per_device_train_batch_size=batch,
-                             gradient_accumulation_steps=accumulate, save_steps=0))
+        folder = run_sft(
+            toy(
+                f"run{batch}",
+                max_steps=1,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulate,
+                save_steps=0,
+            )
+        )
         lines += read_metrics(folder / "metrics.jsonl")
     assert lines[0]["samples_seen"] == lines[1]["samples_seen"] == lines[2]["samples_seen"] == 8
     for line in lines[1:]:
@@ -162,8 +204,16 @@ def test_accumulation_weighs_tokens_not_batches(toy):
 def test_eval_loss_is_the_mean_over_tokens(toy, data):
     losses = []
     for batch in (1, 3, 8):
-        folder = run_sft(toy(f"run{batch}", max_steps=1, learning_rate=0, eval_data_path=str(data), save_steps=0,
-                             per_device_eval_batch_size=batch))
+        folder = run_sft(
+            toy(
+                f"run{batch}",
+                max_steps=1,
+                learning_rate=0,
+                eval_data_path=str(data),
+                save_steps=0,
+                per_device_eval_batch_size=batch,
+            )
+        )
         losses += [line["eval_loss"] for line in read_metrics(folder / "metrics.jsonl") if "eval_loss" in line]
     assert len(losses) == 3
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -172,11 +222,16 @@ def test_eval_loss_is_the_mean_over_tokens(toy, data):
 @pytest.mark.parametrize(
     ("changes", "moving"),
     [
-        ({"train_modules": "visual_tokenizer.head|vte"}, ("model.vision_tower.head_", "model.visual_embeddings_table.")),
+        (
+            {"train_modules": "visual_tokenizer.head|vte"},
+            ("model.vision_tower.head_", "model.visual_embeddings_table."),
+        ),
         ({"train_modules": "visual_tokenizer"}, ("model.vision_tower.",)),
         ({"train_modules": "llm"}, ("model.language_model.", "lm_head.")),
-        ({"freeze_llm": True, "freeze_vision_tower": True},
-         ("model.vision_tower.head_", "model.visual_embeddings_table.")),
+        (
+            {"freeze_llm": True, "freeze_vision_tower": True},
+            ("model.vision_tower.head_", "model.visual_embeddings_table."),
+        ),
     ],
 )
 def test_only_the_named_modules_move(toy, golden, changes, moving):
@@ -193,8 +248,11 @@ def test_frozen_parameters_get_no_gradient(golden, toy):
     settings = toy(train_modules="visual_tokenizer.vit")
     counts = freeze(model, settings)
     assert counts["visual_tokenizer.vit"] > 0 and counts["llm"] == counts["vte"] == 0
-    record = {"id": "r", "image": Image.new("RGB", (64, 64), "red"), "conversations": [
-        {"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}]}
+    record = {
+        "id": "r",
+        "image": Image.new("RGB", (64, 64), "red"),
+        "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}],
+    }
     model(**collate([Encoder(processor, settings)(record)])).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient and all(name.startswith("model.vision_tower.transformer.") for name in with_gradient)
@@ -216,8 +274,10 @@ def test_a_record_that_cannot_be_encoded_is_named(toy, tmp_path, data, workers):
 
 def test_datasets_in_place_of_files(toy, golden, tmp_path):
     model, processor = ovisnb.model.load(golden / "checkpoint")
-    records = [{"id": str(n), "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho " * n}]}
-               for n in range(1, 6)]
+    records = [
+        {"id": str(n), "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho " * n}]}
+        for n in range(1, 6)
+    ]
     settings = toy(model_path=None, data_path=None, max_steps=4, dataloader_num_workers=2, save_steps=0)
 
     class Stream:
@@ -243,7 +303,7 @@ def test_datasets_in_place_of_files(toy, golden, tmp_path):
 
 def test_workers_share_a_stream_without_repeats():
     stream = EncodedStream(range(10), encoder=int)
-    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=3)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(loader) == list(range(10))
 
 
@@ -254,12 +314,16 @@ def test_pixel_and_length_limits_follow_the_kind_of_record(golden, toy):
     big = Image.new("RGB", (256, 256))
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x y z " * 40}]
     one = encoder({"id": "1", "image": big, "conversations": turns})
-    two = encoder({"id": "2", "image": [big, big],
-                   "conversations": [{"from": "human", "value": "<image><image>"}, turns[1]]})
+    two = encoder(
+        {"id": "2", "image": [big, big], "conversations": [{"from": "human", "value": "<image><image>"}, turns[1]]}
+    )
     film = encoder({"id": "3", "video": [big, big], "conversations": [{"from": "human", "value": "<video>"}, turns[1]]})
     text = encoder({"id": "4", "conversations": [{"from": "human", "value": "Hi"}, turns[1]]})
     assert [grid.tolist() for grid in (one.image_grid_thw, two.image_grid_thw, film.video_grid_thw)] == [
-        [[1, 6, 6]], [[1, 4, 4], [1, 4, 4]], [[2, 2, 2]]]
+        [[1, 6, 6]],
+        [[1, 4, 4], [1, 4, 4]],
+        [[2, 2, 2]],
+    ]
     assert [len(sample) for sample in (one, two, film, text)] == [60, 60, 60, 30]
     assert all(sample.dropped for sample in (one, two, film, text))
 
