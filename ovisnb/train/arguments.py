@@ -33,6 +33,7 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
+        use_cpu=not (on_gpu or torch.backends.mps.is_available()),  # bfloat16 on the CPU asks for it in so many words
         bf16=settings.bf16,
         fp16=settings.fp16,
         seed=settings.seed,

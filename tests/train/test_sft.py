@@ -15,7 +15,7 @@ import ovisnb.model
 from ovisnb.chat import collate
 from ovisnb.train import Settings, SettingsError, run_sft
 from ovisnb.train.callbacks import MetricsFile, read_metrics
-from ovisnb.train.dataset import Encoder, EncodedStream, RecordEncodingError
+from ovisnb.train.dataset import EncodedStream, Encoder, RecordEncodingError
 from ovisnb.train.modules import freeze
 from ovisnb.train.sft import SftTrainer, last_checkpoint
 
@@ -351,3 +351,16 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="nan by step 7: lower learning_rate"):
         metrics.on_log(None, State(), None, logs={"loss": float("nan"), "grad_norm": float("inf"), "epoch": 1.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 7, "loss": None, "grad_norm": None, "epoch": 1.0}]
+
+
+def test_checkpointed_activations_and_bfloat16_change_little(toy):
+    """What saves memory gives the same run: exactly so for recomputed activations, nearly so for bfloat16."""
+    runs = {"plain": {}, "recomputed": {"gradient_checkpointing": True, "train_modules": "visual_tokenizer"}}
+    runs |= {"same": {"train_modules": "visual_tokenizer"}, "bf16": {"bf16": True}}
+    losses = {}
+    for name, changes in runs.items():
+        folder = run_sft(toy(name, max_steps=3, save_steps=0, **changes))
+        losses[name] = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert losses["recomputed"] == pytest.approx(losses["same"], rel=1e-5)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=2e-2)
+    assert losses["bf16"] != losses["plain"]
