@@ -21,7 +21,14 @@ MODEL = str(TINY if (TINY / "config.json").is_file() else GOLDEN)
 SMALL = {
     "01_data": {"max_records": 6, "cards": 2, "scenes": 2, "scene_size": 128},
     "02_masks": {},
-    "03_sft": {"max_steps": 2, "batch_size": 2, "heldout": 4, "max_new_tokens": 4, "max_pixels": 96 * 96, "min_pixels": 1024},
+    "03_sft": {
+        "max_steps": 2,
+        "batch_size": 2,
+        "heldout": 4,
+        "max_new_tokens": 4,
+        "max_pixels": 96 * 96,
+        "min_pixels": 1024,
+    },
     "06_grounding": {"heldout": 5, "shown": 3, "max_new_tokens": 4, "max_pixels": 96 * 96, "min_pixels": 1024},
 }
 
@@ -109,9 +116,15 @@ def test_a_user_whose_data_has_no_boxes_gets_through_the_training_notebook(tmp_p
     (tmp_path / "data.jsonl").write_text(
         '{"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]}\n'
     )
-    parameters = {"model": MODEL, "data": str(tmp_path / "data.jsonl"), "image_folder": str(tmp_path), "shapes_share": 0.0}
+    parameters = {
+        "model": MODEL,
+        "data": str(tmp_path / "data.jsonl"),
+        "image_folder": str(tmp_path),
+        "shapes_share": 0.0,
+    }
     run_notebook(
-        ROOT / "notebooks" / "03_sft.ipynb", tmp_path / "out.ipynb",
+        ROOT / "notebooks" / "03_sft.ipynb",
+        tmp_path / "out.ipynb",
         {**SMALL["03_sft"], **parameters, "max_steps": 1, "heldout": 2, "output_dir": str(tmp_path / "run")},
     )
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

@@ -94,7 +94,9 @@ def select(records: Iterable[Record], ids: str) -> list[Record]:
     return [record for name in wanted for record in records if record.id == name]
 
 
-def summarise(records: Iterable[Record], processor=None, *, image_folder=None, min_pixels=None, max_pixels=None) -> dict:
+def summarise(
+    records: Iterable[Record], processor=None, *, image_folder=None, min_pixels=None, max_pixels=None
+) -> dict:
     """Numbers of a data set: `records`, `kinds`, `turns` and `images` (Counters), `sizes` (width, height
     of every picture and frame in pixels) and, with a processor, `tokens` and `supervised` of each record."""
     summary = {"records": 0, "kinds": Counter(), "turns": Counter(), "images": Counter(), "videos": 0}
@@ -177,8 +179,10 @@ def _regions(record: Record, at: int, image) -> dict:
 
 def _cut_from(crop, media) -> bool:
     """Whether `crop` was cut from `media`: the same file, or the same picture in memory."""
-    return crop.box is not None and crop is not media and (
-        crop.image is media.image if crop.path is None else crop.path == media.path
+    return (
+        crop.box is not None
+        and crop is not media
+        and (crop.image is media.image if crop.path is None else crop.path == media.path)
     )
 
 

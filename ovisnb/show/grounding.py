@@ -21,7 +21,9 @@ def with_box(records: Iterable[Record]) -> list[Record]:
     ]
 
 
-def compared(records: Sequence[Record], rows: Sequence[dict], image_folder=None, *, worst_first: bool = False) -> list[dict]:
+def compared(
+    records: Sequence[Record], rows: Sequence[dict], image_folder=None, *, worst_first: bool = False
+) -> list[dict]:
     """Items for `gallery`: each record's picture, the model's boxes, the true ones dashed, and in words
     the question and the IoU (the mean where an answer has several boxes)."""
     by_record, items = _by_record(rows), []
@@ -33,7 +35,9 @@ def compared(records: Sequence[Record], rows: Sequence[dict], image_folder=None,
     return [item for _, item in (sorted(items, key=lambda pair: pair[0]) if worst_first else items)]
 
 
-def before_after(records: Sequence[Record], before: Sequence[dict], after: Sequence[dict], image_folder=None) -> list[dict]:
+def before_after(
+    records: Sequence[Record], before: Sequence[dict], after: Sequence[dict], image_folder=None
+) -> list[dict]:
     """Items for `gallery`, two a record: the boxes before training and those after it."""
     items = []
     for record in records:
@@ -62,7 +66,9 @@ def pair_up(images: str, questions: str) -> list[tuple[Path, str]]:
     if len(asked) == 1:
         asked *= len(paths)
     if len(asked) != len(paths):
-        raise ValueError(f"There are {len(paths)} images and {len(asked)} questions: give one for each, or one for all.")
+        raise ValueError(
+            f"There are {len(paths)} images and {len(asked)} questions: give one for each, or one for all."
+        )
     return list(zip(paths, asked))
 
 

@@ -175,7 +175,9 @@ def _crop(image: Image.Image, box, colour: str) -> Image.Image | None:
         return None
     crop = image.convert("RGB").crop(cut)
     scale = min(200 * SHARP / crop.width, 130 * SHARP / crop.height)
-    crop = crop.resize((max(1, round(crop.width * scale)), max(1, round(crop.height * scale))), Image.Resampling.LANCZOS)
+    crop = crop.resize(
+        (max(1, round(crop.width * scale)), max(1, round(crop.height * scale))), Image.Resampling.LANCZOS
+    )
     line = 3 * SHARP
     framed = Image.new("RGB", (crop.width + 2 * line, crop.height + 2 * line), colour)
     framed.paste(crop, (line, line))

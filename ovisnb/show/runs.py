@@ -59,7 +59,9 @@ def show_run(folder: str | Path) -> Plot:
         loss_axis.lines[-1].remove()
     loss_axis.set(title="Loss", xlabel="step", ylabel="cross-entropy per supervised token")
     loss_axis.legend(frameon=False)
-    rates = {key: series(rows, key) for key in sorted({k for row in rows for k in row if k.startswith("learning_rate")})}
+    rates = {
+        key: series(rows, key) for key in sorted({k for row in rows for k in row if k.startswith("learning_rate")})
+    }
     for (key, (at, values)), colour in zip(rates.items(), (GREY, BLUE, RED, "#009e73", "#cc79a7")):
         rate_axis.plot(at, values, color=colour, lw=2, label=key.removeprefix("learning_rate").strip("_/") or "all")
     rate_axis.set(title="Learning rate", xlabel="step")

@@ -39,7 +39,7 @@ def token_summary(encoded) -> dict:
     for span in encoded.spans:
         counts[span.reason] += span.end - span.start
     supervised = int((encoded.labels != -100).sum())
-    share = lambda count: count / total if total else 0.0  # noqa: E731
+    share = lambda count: count / total if total else 0.0
     return {
         "id": encoded.id,
         "tokens": total,
@@ -102,7 +102,9 @@ def show_tokens(
     parts.append("</div>" if parts else "")
     body = f'<div style="{MONO};font-size:12px;line-height:1.65;margin-top:8px">{"".join(parts)}</div>'
     summary = token_summary(encoded)
-    return Html(f'<div style="{FONT};margin:8px 0 20px 0">{_header(summary)}{_legend(summary)}{body}{_spans(encoded)}</div>')
+    return Html(
+        f'<div style="{FONT};margin:8px 0 20px 0">{_header(summary)}{_legend(summary)}{body}{_spans(encoded)}</div>'
+    )
 
 
 def _header(summary: dict) -> str:
@@ -131,7 +133,7 @@ def _legend(summary: dict) -> str:
         )
     return (
         '<div style="display:flex;height:12px;border-radius:4px;overflow:hidden;margin:6px 0;max-width:900px">'
-        f'{"".join(bar)}</div><div>{"".join(chips)}</div>'
+        f"{''.join(bar)}</div><div>{''.join(chips)}</div>"
     )
 
 
@@ -142,11 +144,12 @@ def _media_box(span, encoded, pictures: list, frames: list) -> str:
     grids = encoded.video_grid_thw if video else encoded.image_grid_thw
     t, h, w = (int(side) for side in grids[span.media or 0])
     shown = frames[:4] if video else pictures[span.media : span.media + 1] if pictures else []
-    thumbnails = "".join(
-        f'<div style="margin:2px 0">{picture(image, height=72, width=160)}</div>' for image in shown
-    )
-    more = f" · first {len(shown)} of {len(frames)} frames" if video and len(frames) > len(shown) else ""
-    lines = ["video" if video else f"image {span.media + 1}", f"{t}×{h}×{w} patches", f"{span.end - span.start:,} tokens"]
+    thumbnails = "".join(f'<div style="margin:2px 0">{picture(image, height=72, width=160)}</div>' for image in shown)
+    lines = [
+        "video" if video else f"image {span.media + 1}",
+        f"{t}×{h}×{w} patches",
+        f"{span.end - span.start:,} tokens",
+    ]
     if video and len(frames) > len(shown):
         lines.append(f"first {len(shown)} of {len(frames)} frames")
     text = "".join(f"<div>{line}</div>" for line in lines)

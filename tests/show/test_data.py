@@ -59,7 +59,9 @@ def test_regions_are_the_answers_boxes_and_the_crops():
 
 
 def test_with_several_pictures_no_box_is_drawn_on_the_wrong_one(golden):
-    two = record(("human", "<image> <image> Where?"), ("gpt", "<box>(0.1,0.1),(0.5,0.5)</box>"), image=["photo.png", "tall.png"])
+    two = record(
+        ("human", "<image> <image> Where?"), ("gpt", "<box>(0.1,0.1),(0.5,0.5)</box>"), image=["photo.png", "tall.png"]
+    )
     assert regions_of(two, golden / "images")["boxes"] == regions_of(two, golden / "images", at=1)["boxes"] == []
 
 
@@ -74,7 +76,7 @@ def test_the_summary_counts_what_is_there(golden_processor):
     assert summary["tokens"] == [len(encode(one, golden_processor).input_ids) for one in records]
     table = str(overview_table(summary))
     assert f"{sum(summary['tokens']):,}" in table and "64×64, 512×512" in table
-    kinds, counts, sizes, tokens = overview_figure(summary).figure.axes
+    kinds, _, sizes, tokens = overview_figure(summary).figure.axes
     assert sorted(bar.get_width() for bar in kinds.patches) == [1, 1, 1]
     assert sum(bar.get_height() for bar in tokens.patches) == 3
     assert len(sizes.collections[0].get_offsets()) == len(set(summary["sizes"]))

@@ -25,7 +25,9 @@ class Parrot:
 
 
 def test_with_box_keeps_records_that_end_in_a_box_on_one_picture():
-    words = Record.from_dict({"id": "words", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})
+    words = Record.from_dict(
+        {"id": "words", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    )
     read = next(shapes.records("heldout", size=512, kinds={"read": 1}))
     assert with_box([words, *SCENES, read, LIST]) == [*SCENES, LIST]
 
@@ -39,7 +41,11 @@ def test_items_have_the_models_boxes_the_truth_and_the_iou():
     assert [tuple(box) for box in items[0]["boxes"]] == items[0]["truth"]
     assert items[0]["caption"] == f"IoU 1.00 · {question_of(SCENES[0])}"
     assert items[1]["caption"].startswith("IoU 0.00 (no box) · ")
-    assert [item["caption"][:8] for item in compared(SCENES, rows, worst_first=True)] == ["IoU 0.00", "IoU 0.00", "IoU 1.00"]
+    assert [item["caption"][:8] for item in compared(SCENES, rows, worst_first=True)] == [
+        "IoU 0.00",
+        "IoU 0.00",
+        "IoU 1.00",
+    ]
     assert gallery(items).image.width > 0
 
 

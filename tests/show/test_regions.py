@@ -57,7 +57,9 @@ def test_truth_is_dashed_in_black_and_white():
     assert (edge == 255).all(-1).sum() > 60
 
 
-@pytest.mark.parametrize("box", [(0.3, 0.3, 0.7, 0.8), (0.0, 0.0, 0.5, 0.5), (0.6, 0.7, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "box", [(0.3, 0.3, 0.7, 0.8), (0.0, 0.0, 0.5, 0.5), (0.6, 0.7, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)]
+)
 def test_a_label_lies_in_the_picture_and_beside_its_box_where_there_is_room(box):
     plain = draw_regions(GREY, [Region(*box, None)], width=400, height=200)
     drawn = draw_regions(GREY, [Region(*box, "cat")], width=400, height=200)
@@ -70,7 +72,11 @@ def test_a_label_lies_in_the_picture_and_beside_its_box_where_there_is_room(box)
 
 
 def test_labels_do_not_cover_each_other():
-    close = [Region(0.40, 0.40, 0.45, 0.5, "first"), Region(0.46, 0.40, 0.51, 0.5, "second"), Region(0.40, 0.52, 0.45, 0.6, "third")]
+    close = [
+        Region(0.40, 0.40, 0.45, 0.5, "first"),
+        Region(0.46, 0.40, 0.51, 0.5, "second"),
+        Region(0.40, 0.52, 0.45, 0.6, "third"),
+    ]
     image = Image.new("RGB", (400, 400), "white")
     alone = [np.asarray(draw_regions(image, [region], width=400, height=400)) for region in close]
     sizes = [(frame != 255).any(-1).sum() for frame in alone]
@@ -108,7 +114,10 @@ def test_a_notebook_shows_it_at_half_its_stored_size():
 
 def test_a_gallery_has_a_place_for_each_picture():
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
-    items = [{"image": Image.new("RGB", (60, 40 + 10 * at), colour), "caption": f"IoU 0.{at}"} for at, colour in enumerate(colours)]
+    items = [
+        {"image": Image.new("RGB", (60, 40 + 10 * at), colour), "caption": f"IoU 0.{at}"}
+        for at, colour in enumerate(colours)
+    ]
     sheet = gallery(items, columns=3, tile=100).image
     bounds = [where(sheet, colour) for colour in colours]
     assert None not in bounds

@@ -76,7 +76,10 @@ def line(objects, hits, n, low, high) -> dict:
 
 
 def test_accuracy_bars_are_the_rates_by_number_of_objects():
-    before, after = [line(1, 1, 4, 0.05, 0.7), line("all", 1, 4, 0.05, 0.7)], [line(1, 3, 4, 0.3, 0.95), line("all", 3, 4, 0.3, 0.95)]
+    before, after = (
+        [line(1, 1, 4, 0.05, 0.7), line("all", 1, 4, 0.05, 0.7)],
+        [line(1, 3, 4, 0.3, 0.95), line("all", 3, 4, 0.3, 0.95)],
+    )
     axis = show_accuracy({"before": before, "after": after}).figure.axes[0]
     assert [bar.get_height() for bar in axis.patches] == [0.25, 0.25, 0.75, 0.75]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1\nn = 4", "all\nn = 4"]

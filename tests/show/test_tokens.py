@@ -25,7 +25,10 @@ def pictured(golden) -> tuple[dict, dict]:
     many = record(
         ("system", "Look closely."),
         ("human", "First <image> then <image>.\nWhich?"),
-        ("gpt", "<think>\nCrop it.\n<tool_call>Crop [1,2,30,40]</tool_call><image>\n<tool_response>a cat</tool_response></think>\n\nThe 2nd."),
+        (
+            "gpt",
+            "<think>\nCrop it.\n<tool_call>Crop [1,2,30,40]</tool_call><image>\n<tool_response>a cat</tool_response></think>\n\nThe 2nd.",
+        ),
         ("human", "Sure?"),
         ("ignored_gpt", "No."),
         ("human", "Now?"),
