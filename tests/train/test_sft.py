@@ -362,5 +362,7 @@ def test_checkpointed_activations_and_bfloat16_change_little(toy):
         folder = run_sft(toy(name, max_steps=3, save_steps=0, **changes))
         losses[name] = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
     assert losses["recomputed"] == pytest.approx(losses["same"], rel=1e-5)
-    assert losses["bf16"] == pytest.approx(losses["plain"], rel=2e-2)
+    assert losses["bf16"][0] == pytest.approx(losses["plain"][0], rel=1e-3)
+    # Adam's first steps go by the gradient's sign, so rounding shows more in what follows
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=5e-2)
     assert losses["bf16"] != losses["plain"]
