@@ -14,12 +14,25 @@ from .shapes_scene import COLOURS, SHAPES, SceneObject
 
 Objects = Sequence[SceneObject]
 
-KINDS = {"find": 4.0, "list": 3.0, "point": 1.0, "reverse": 1.0, "count": 1.0, "compare": 1.0, "read": 1.0}
+KINDS = {
+    "find": 4.0,
+    "find_all": 2.0,
+    "list": 3.0,
+    "point": 1.0,
+    "reverse": 1.0,
+    "count": 1.0,
+    "compare": 1.0,
+    "map": 1.0,
+    "read": 1.0,
+}
 
 BOX_REQUEST = "Please provide the bounding box coordinates."
 POINT_REQUEST = "Please provide the point coordinates."
 CLEAR_DISTANCE = 4 / 64  # centres closer than this along an axis are not asked about: nobody could say
 CLEAR_SIDE = 3 / 64
+LOCATE_ALL = ("find_all", "list")
+MAP_SIDE = 4  # cells along each side of the map that a "map" question asks for
+MAP_SHARE = 0.2  # of a cell that an object has to cover to be named there
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,8 @@ def ask(
 ) -> list[Question]:
     """Different questions about one scene, at most turns[1] of them; [] if none of the kinds can be asked.
 
-    An object is the target of at most one of find, point and reverse, and list comes last, so that few answers
-    can be copied from an earlier turn instead of being seen.
+    An object is the target of at most one of find, point and reverse, and the kinds that locate every object come
+    last and only once, so that few answers can be copied from an earlier turn instead of being seen.
     """
     wanted = rng.randint(*turns)
     weights, free, questions = dict(kinds), list(objects), []
@@ -67,10 +80,10 @@ def ask(
         if question is None or question.text in {q.text for q in questions}:
             del weights[kind]  # cannot be asked here, or not again
             continue
-        if kind == "list":
-            del weights[kind]
+        if kind in LOCATE_ALL:
+            weights = {other: weight for other, weight in weights.items() if other not in LOCATE_ALL}
         questions.append(question)
-    return sorted(questions, key=lambda q: q.kind == "list")
+    return sorted(questions, key=lambda q: q.kind in LOCATE_ALL)
 
 
 def reading_order(objects: Objects) -> list[SceneObject]:
@@ -89,10 +102,33 @@ def centre(item: SceneObject, grid: int) -> tuple[float, float]:
     return (x1 + x2) // 2 / grid, (y1 + y2) // 2 / grid
 
 
+def cell_names(objects, what: str) -> list[list[str]]:
+    """Rows of the picture's map: the colour or shape that covers most of each cell, "none" below MAP_SHARE of it."""
+
+    def covered(item, row: int, column: int) -> float:
+        x1, y1, x2, y2 = (edge * MAP_SIDE for edge in item.box)
+        across = min(x2, column + 1) - max(x1, column)
+        return max(0.0, across) * max(0.0, min(y2, row + 1) - max(y1, row))
+
+    def name(row: int, column: int) -> str:
+        most = max(objects, key=lambda item: covered(item, row, column))
+        return getattr(most, what) if covered(most, row, column) >= MAP_SHARE else "none"
+
+    return [[name(row, column) for column in range(MAP_SIDE)] for row in range(MAP_SIDE)]
+
+
 def _one(kind: str, rng: Random, objects: Objects, free: list[SceneObject], size: int, grid: int) -> Question | None:
     """One question of this kind, or None where the scene has none; takes its target out of `free`."""
     if kind == "list":
         return Question(kind, f"List every object. {BOX_REQUEST}", "\n".join(map(located, reading_order(objects))))
+    if kind == "find_all":
+        asked = rng.sample(list(objects), len(objects))
+        names = ", ".join(f"<ref>{item.name}</ref>" for item in asked)
+        return Question(kind, f"Find {names}. {BOX_REQUEST}", "\n".join(map(located, asked)))
+    if kind == "map":
+        what = rng.choice(("colour", "shape"))
+        text = f"Name the {what}s in a {MAP_SIDE} by {MAP_SIDE} grid."
+        return Question(kind, text, "\n".join(" ".join(row) for row in cell_names(objects, what)))
     if kind == "count":
         return _count(rng, objects)
     if kind == "compare":

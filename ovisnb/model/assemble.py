@@ -18,6 +18,7 @@ from .vision import Ovis2_5VisionModel
 
 # Chat and thinking tokens that Qwen3's tokenizer has and others may lack; the first two are control tokens.
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
+POSITION_SPREAD = 0.5
 TEXT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
@@ -137,9 +138,26 @@ def open_vision_tower(vit, options: dict, dtype) -> Ovis2_5VisionModel:
         given["image_size"] = config.image_size
     given["initializer_range"] = getattr(config, "initializer_range", 0.02)
     tower = Ovis2_5VisionModel(Ovis2_5VisionConfig(**given, **options)).to(dtype)
-    if not isinstance(vit, PretrainedConfig):
+    if isinstance(vit, PretrainedConfig):
+        initialise_vision(tower)
+    else:
         copy_vision_weights(vit, tower, dtype)
     return tower
+
+
+def initialise_vision(tower: Ovis2_5VisionModel) -> None:
+    """Start a tower without weights so that its visual tokens differ.
+
+    Plain filters mostly see a picture's mean brightness, which is the same everywhere: visual tokens then start, and
+    for a long time stay, almost equal, and nothing can be located. So the filters' means are taken out, and
+    positions are as spread as what the filters say of a patch of some contrast.
+    """
+    embeddings = tower.transformer.embeddings
+    with torch.no_grad():
+        weight = embeddings.patch_embedding.weight
+        weight -= weight.mean(dim=(1, 2, 3), keepdim=True)
+        if tower.config.preserve_original_pe:
+            embeddings.position_embedding.weight.normal_(std=POSITION_SPREAD)
 
 
 def copy_vision_weights(vit, tower: Ovis2_5VisionModel, dtype) -> None:
