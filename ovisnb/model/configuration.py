@@ -15,7 +15,7 @@ class Ovis2_5VisionConfig(PretrainedConfig):
         image_size: the learned position table has (image_size / patch_size)**2 rows.
         hidden_stride: patches of one visual token along each side.
         window_size: side of an attention window in pixels, for the layers that `fullatt_block_indexes`
-            (such as "0|2") leaves out; None means that every layer attends to its whole frame.
+            ("0|2" or [0, 2]) leaves out; None means that every layer attends to its whole frame.
         vocab_size: visual words, the four indicators among them.
     """
 
@@ -36,7 +36,7 @@ class Ovis2_5VisionConfig(PretrainedConfig):
         attention_dropout: float = 0.0,
         hidden_stride: int = 2,
         window_size: int = 112,
-        fullatt_block_indexes: str | None = None,
+        fullatt_block_indexes: str | list[int] | None = None,
         temporal_patch_size: int = 1,
         preserve_original_pe: bool = True,
         use_rope: bool = True,
@@ -71,9 +71,12 @@ class Ovis2_5VisionConfig(PretrainedConfig):
 
     def windowed(self, layer: int) -> bool:
         """Whether this encoder layer attends within windows only."""
-        if self.fullatt_block_indexes is None:
+        full = self.fullatt_block_indexes
+        if full is None:
             return False
-        return layer not in {int(index) for index in str(self.fullatt_block_indexes).split("|") if index != ""}
+        if isinstance(full, str):
+            full = [index for index in full.split("|") if index]
+        return layer not in {int(index) for index in full}
 
 
 class Ovis2_5Config(PretrainedConfig):

@@ -238,8 +238,9 @@ def test_windowed_layers_attend_within_their_window_only(golden):
 def test_windows_and_full_layers_mix(golden):
     model, _ = load(golden / "checkpoint", dtype=torch.float32)
     config = model.model.vision_tower.config
-    config.fullatt_block_indexes = "0|2"
-    assert [config.windowed(layer) for layer in range(3)] == [False, True, False]
+    for written in ("0|2", [0, 2]):
+        config.fullatt_block_indexes = written
+        assert [config.windowed(layer) for layer in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize(
