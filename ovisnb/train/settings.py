@@ -15,7 +15,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -60,6 +60,7 @@ class Settings(BaseModel):
     )
     data_name: str | None = Field(None, description="a name for the data, kept in the run's settings.json")
     data_type: str = Field("conversation", description='"conversation" is the only type')
+    stage: str = Field("sft", description='"sft", which the Ovis scripts call 3, is the only stage')
 
     # How long and how fast
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps wins over it")
@@ -109,7 +110,13 @@ class Settings(BaseModel):
     def _one_or_many(cls, value: Any) -> Any:
         if value is None:
             return []
-        return [str(value)] if isinstance(value, (str, Path)) else [str(entry) for entry in value]
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        return [str(entry) if isinstance(entry, Path) else entry for entry in entries]
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _stage_by_name(cls, value: Any) -> Any:
+        return "sft" if str(value) == "3" else value
 
     @field_validator("model_path", "image_folder", "output_dir", mode="before")
     @classmethod
@@ -152,8 +159,11 @@ class Settings(BaseModel):
                 raise SettingsError(f"--{flag} takes one value, not {len(given)}: {' '.join(given)}.")
             elif not given and cls.model_fields[name].annotation is not bool:
                 raise SettingsError(f"--{flag} needs a value.")
+            elif not given:
+                flags[flag] = True
             else:
-                flags[flag] = _maybe_none(given[0]) if given else True
+                optional = type(None) in get_args(cls.model_fields[name].annotation)
+                flags[flag] = None if optional and given[0].lower() in ("none", "null") else given[0]
         return cls.from_dict(values | _canonical(flags))
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,6 +179,8 @@ class Settings(BaseModel):
         """Raise SettingsError for values that contradict each other."""
         if self.data_type != "conversation":
             raise SettingsError(f'data_type "{self.data_type}" is not known: "conversation" is the only type.')
+        if self.stage != "sft":
+            raise SettingsError(f'stage "{self.stage}" is not known: "sft" (or 3) is the only stage.')
         for name in self.trained:
             if ":" in name:
                 raise SettingsError(
@@ -196,7 +208,7 @@ def _known(name: str) -> str:
     """The canonical name of a setting; SettingsError naming the nearest for one that does not exist."""
     name = ALIASES.get(name, name)
     if name not in Settings.model_fields:
-        near = difflib.get_close_matches(name, [*Settings.model_fields, *ALIASES], n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, [*Settings.model_fields, *ALIASES], n=1, cutoff=0.65)
         hint = f"did you mean '{near[0]}'?" if near else "ovisnb.train.Settings lists the settings there are."
         raise SettingsError(f"Unknown setting '{name}': {hint}")
     return name
@@ -218,10 +230,6 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _maybe_none(word: str) -> str | None:
-    return None if word.lower() in ("none", "null") else word
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -229,6 +237,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise SettingsError(f"There is no settings file {path}.") from None
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path} is no valid JSON (line {error.lineno}: {error.msg}).") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is not UTF-8: save it as UTF-8.") from None
 
 
 def _one_sentence(error: ValidationError) -> str:

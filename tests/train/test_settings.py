@@ -68,6 +68,33 @@ def test_earlier_names(alias, name, value, kept):
     assert getattr(Settings.from_dict({alias: value}), name) == kept
 
 
+def test_the_earlier_configuration_file_as_it_is():
+    file = {
+        "model_path": "AIDC-AI/Ovis2.5-9B",
+        "data_name": "custom_data",
+        "data_type": "conversation",
+        "data_path": "./data/train_data.json",
+        "image_folder": "./data/images",
+        "output_dir": "./checkpoints/ovis25_finetune",
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 2e-5,
+        "train_modules": "all",
+        "freeze_vision_tower": False,
+        "freeze_llm": False,
+        "ovis_pretrained_path": "AIDC-AI/Ovis2.5-9B",
+        "stage": 3,
+        "multimodal_max_length": 8192,
+        "text_max_length": 4096,
+        "single_image_max_pixels": 3211264,
+        "multiple_image_max_pixels": 802816,
+    }
+    settings = Settings.from_dict(file)
+    assert (settings.stage, settings.learning_rate, settings.single_image_max_pixels) == ("sft", 2e-5, 1792 * 1792)
+    assert Settings.from_args(["--stage", "sft", "--train_data", "t.jsonl", "--bf16"]).data_path == ["t.jsonl"]
+
+
 def test_two_names_of_one_setting():
     assert Settings.from_dict({"model_path": "m", "ovis_pretrained_path": "m"}).model_path == "m"
     with pytest.raises(SettingsError, match="'model_path' and 'ovis_pretrained_path' mean the same .*'m' and 'n'"):
@@ -80,7 +107,7 @@ def test_two_names_of_one_setting():
         ({"learning_rat": 1}, "Unknown setting 'learning_rat': did you mean 'learning_rate'"),
         ({"freeze_vision": True}, "did you mean 'freeze_vision_tower'"),
         ({"lora_r": 8}, "Unknown setting 'lora_r'"),
-        ({"deepspeed": "zero2.json"}, "Unknown setting 'deepspeed'"),
+        ({"deepspeed": "zero2.json"}, "Unknown setting 'deepspeed': ovisnb.train.Settings lists"),
         ({"learning_rate": "fast"}, "'learning_rate' cannot be 'fast'"),
         ({"max_steps": 2.5}, "'max_steps' cannot be 2.5"),
         ({"max_steps": 0}, "max_steps is 0"),
@@ -92,6 +119,9 @@ def test_two_names_of_one_setting():
         ({"train_modules": "vision"}, "is no module; the modules are all, llm"),
         ({"train_modules": "llm|vte", "freeze_llm": True}, "freeze_llm contradicts train_modules"),
         ({"data_type": "caption"}, '"conversation" is the only type'),
+        ({"stage": "grpo"}, 'stage "grpo" is not known'),
+        ({"data_path": 5}, "cannot be 5: input should be a valid string"),
+        ({"data_path": ["a.json", None]}, "cannot be None: input should be a valid string"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_sentence(values, message):
@@ -114,6 +144,11 @@ def test_bad_flags(argv, message):
         Settings.from_args(argv)
 
 
+def test_none_is_a_word_where_a_setting_cannot_be_none():
+    settings = Settings.from_args(["--report_to", "none", "--save_total_limit", "none", "--image_folder=None"])
+    assert (settings.report_to, settings.save_total_limit, settings.image_folder) == ("none", None, None)
+
+
 def test_broken_file_names_the_line(tmp_path):
     file = tmp_path / "sft.json"
     file.write_text('{\n"bf16": true,\n"fp16" false}')
@@ -121,4 +156,7 @@ def test_broken_file_names_the_line(tmp_path):
         Settings.from_json(file)
     file.write_text("[1]")
     with pytest.raises(SettingsError, match="not a list"):
+        Settings.from_json(file)
+    file.write_bytes("{}".encode("utf-16"))
+    with pytest.raises(SettingsError, match="not UTF-8"):
         Settings.from_json(file)
