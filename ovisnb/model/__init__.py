@@ -1,6 +1,13 @@
 """Ovis2.5 as a native transformers model: configuration, vision tower, modeling, processor, checkpoints, assemble."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .assemble import assemble
 from .checkpoint import CheckpointError, load, load_processor, save
@@ -36,3 +43,4 @@ AutoModel.register(Ovis2_5Config, Ovis2_5Model, exist_ok=True)
 AutoModelForCausalLM.register(Ovis2_5Config, Ovis2_5ForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(Ovis2_5Config, Ovis2_5ForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(Ovis2_5Config, Ovis2_5Processor, exist_ok=True)
+AutoImageProcessor.register(Ovis2_5Config, image_processor_classes={"pil": Ovis2_5ImageProcessor}, exist_ok=True)

@@ -11,7 +11,9 @@ import math
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
 
 MAX_ASPECT_RATIO = 200
 
@@ -42,7 +44,17 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return max(new_height, factor), max(new_width, factor)
 
 
-class Ovis2_5ImageProcessor(ImageProcessingMixin):
+class Ovis2_5ImagesKwargs(ImagesKwargs, total=False):
+    patch_size: int
+    hidden_stride: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    image_mean: list[float]
+    image_std: list[float]
+
+
+class Ovis2_5ImageProcessor(BaseImageProcessor):
     """PIL images to `pixel_values` [patches, 3 * temporal_patch_size * patch_size**2] float32 in [-1, 1], and
     `image_grid_thw` [images, 3] int64, counted in patches.
 
@@ -54,6 +66,7 @@ class Ovis2_5ImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values", "image_grid_thw"]
+    valid_kwargs = Ovis2_5ImagesKwargs  # what from_pretrained may override
 
     def __init__(
         self,

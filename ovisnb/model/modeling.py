@@ -73,7 +73,8 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids)
         config = self.config
         atoms = input_ids == config.image_token_id
-        if any(medium.pixel_values is not None for medium in media):
+        # a placeholder without its pixels must not pass for a text
+        if any(medium.pixel_values is not None for medium in media) or holds_placeholders(input_ids, config):
             check_placeholders(input_ids, atoms, media, config)
             video_start, video_end = config.video_start_token_id, config.video_end_token_id
             depth = (input_ids == video_start).long() - (input_ids == video_end).long()
@@ -268,14 +269,23 @@ def repeat_media(values, grids, counts: list[int], times: int, values_key: str, 
     }
 
 
+def holds_placeholders(input_ids: torch.Tensor, config) -> bool:
+    """Whether any id stands for something visual; not looked for in one token of a cached generation (it waits for
+    the GPU), where none can be sampled."""
+    if input_ids.shape[1] == 1:
+        return False
+    return bool(torch.isin(input_ids, torch.tensor(config.visual_token_ids, device=input_ids.device)).any())
+
+
 def check_placeholders(input_ids: torch.Tensor, atoms: torch.Tensor, media: list[Medium], config) -> None:
     """ValueError, naming the sample, unless each run of atoms is as long as its picture's or video's features."""
     stride = config.vision_config.hidden_stride**2
-    left = int(atoms.sum())
+    so_far = atoms.long().cumsum(1)
+    spare = so_far[:, -1].tolist()  # atoms of each sample that no picture or video has claimed
     for medium in media:
         grids = [] if medium.grid_thw is None else (medium.grid_thw.prod(1) // stride).tolist()
         starts, ends = (input_ids == medium.start).nonzero(), (input_ids == medium.end).nonzero()
-        if len(starts) != len(grids) or len(ends) != len(starts):
+        if len(starts) != len(grids) or starts[:, 0].tolist() != ends[:, 0].tolist():
             by_sample = torch.bincount(starts[:, 0], minlength=len(input_ids)).tolist()
             broken = next((i for i in range(len(input_ids)) if (ends[:, 0] == i).sum() != by_sample[i]), None)
             cause = (
@@ -287,22 +297,22 @@ def check_placeholders(input_ids: torch.Tensor, atoms: torch.Tensor, media: list
                 f"The batch's ids hold {len(starts)} {medium.name} placeholders but {len(grids)} {medium.name} grids "
                 f"were passed; {cause}; build batches with ovisnb.chat.collate."
             )
-        lengths = (ends[:, 1] - starts[:, 1] - 1).tolist()
+        lengths = (so_far[ends[:, 0], ends[:, 1]] - so_far[starts[:, 0], starts[:, 1]]).tolist()
         for number, (length, tokens) in enumerate(zip(lengths, grids, strict=True)):
+            sample = int(starts[number, 0])
+            spare[sample] -= length
             if length != tokens:
-                sample = int(starts[number, 0])
                 raise ValueError(
                     f"Sample {sample}: {medium.name} {number} of the batch has {length} placeholder tokens but its grid "
                     f"{medium.grid_thw[number].tolist()} gives {tokens} features; likely it was cut by truncation or "
                     "encoded with other min_pixels/max_pixels than its placeholders."
                 )
-        left -= sum(lengths)
-    if left:
-        spare = int(atoms.sum(1).argmax())
-        raise ValueError(
-            f"Sample {spare} or another of the batch has {left} visual placeholder tokens outside any image or video; "
-            "do not write placeholder tokens by hand, use the processor or ovisnb.chat.encode."
-        )
+    for sample, count in enumerate(spare):
+        if count:
+            raise ValueError(
+                f"Sample {sample} has {count} visual placeholder tokens outside any image or video; do not write "
+                "placeholder tokens by hand, use the processor or ovisnb.chat.encode."
+            )
 
 
 class NeverVisual(LogitsProcessor):

@@ -246,8 +246,8 @@ def test_windows_and_full_layers_mix(golden):
 @pytest.mark.parametrize(
     "spoil, told",
     [
-        (lambda b: b["input_ids"].__setitem__((0, 8), 5), "Sample 0: image 0 .* likely it was cut"),
-        (lambda b: b.update(pixel_values=None, image_grid_thw=None), None),
+        (lambda b: b["input_ids"].__setitem__((0, 12), 5), "Sample 0: image 0 .* likely it was cut"),
+        (lambda b: b.update(pixel_values=None, image_grid_thw=None), "4 image placeholders but 0 image grids"),
         (lambda b: b["input_ids"].__setitem__((1, 1), 543), "Sample 1 .*outside any image"),
         (lambda b: b["input_ids"].__setitem__((2, slice(12, None)), 5), "sample 2 has an unclosed image"),
         (lambda b: b.update(image_grid_thw=b["image_grid_thw"][:-1]), r"counts are \[1, 0, 3\]"),

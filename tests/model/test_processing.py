@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from ovisnb.model import Ovis2_5ImageProcessor, Ovis2_5Processor, smart_resize
+from ovisnb.model import Ovis2_5ForConditionalGeneration, Ovis2_5ImageProcessor, Ovis2_5Processor, smart_resize
 from ovisnb.model.processing import VISUAL_TOKENS
 
 PICTURES = ["photo", "tall", "tiny", "gray", "alpha", "palette", "huge", "sliver", "sliver2"]
@@ -44,8 +44,8 @@ def test_smart_resize_stays_on_the_grid(height, width, low, extra):
     sliver = max(height, width) / min(height, width)
     if 32 in (new_height, new_width):  # a side cannot shrink further, so the area may exceed the limit
         assert new_height * new_width <= max(max_pixels, 32 * 32 * (max(sliver, 200) + 1))
-    else:
-        assert new_height * new_width <= max_pixels
+    else:  # growing to min_pixels rounds each side up, by less than its own length where it is above 32
+        assert new_height * new_width <= max(max_pixels, 4 * min_pixels)
 
 
 def test_a_picture_without_area_and_crossed_limits_are_refused():
@@ -144,14 +144,22 @@ def test_chat_template_tokenizes_with_pictures(golden_processor, golden, golden_
     assert made["input_ids"][0].tolist() == [visual.get(i, i) for i in ids.tolist()]
 
 
-def test_processor_saves_and_loads(golden_processor, golden_model, tmp_path):
+def test_the_auto_classes_open_what_was_saved(golden_processor, golden_model, tmp_path):
     golden_processor.save_pretrained(tmp_path)
-    golden_model.config.save_pretrained(tmp_path)
+    golden_model.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, Ovis2_5Processor)
     assert again.visual_ids == golden_processor.visual_ids
     assert again.chat_template == golden_processor.chat_template
     assert again.image_processor.to_dict() == golden_processor.image_processor.to_dict()
+    images = AutoImageProcessor.from_pretrained(tmp_path, max_pixels=4096)
+    assert isinstance(images, Ovis2_5ImageProcessor) and images.max_pixels == 4096
+    assert images.min_pixels == golden_processor.image_processor.min_pixels
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, Ovis2_5ForConditionalGeneration)
+    assert not any(info.values())
+    wanted = golden_model.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
 def test_visual_tokens_follow_the_tokenizers_own(golden_processor):
