@@ -18,7 +18,7 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     reporters = [name for name in settings.report_to.split(",") if name not in ("none", "tensorboard")]
-    arguments = TrainingArguments(
+    values = dict(
         output_dir=settings.output_dir,
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
@@ -54,6 +54,10 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         use_cache=True,  # what is saved in config.json; SftTrainer trains without
         **{checkpointing: settings.gradient_checkpointing},
     )
+    try:
+        arguments = TrainingArguments(**values)
+    except ValueError as error:  # such as the name of no optimizer
+        raise SettingsError(f"These settings do not suit transformers' Trainer: {' '.join(str(error).split())}.") from None
     if arguments.n_gpu > 1:
         # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
         print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")

@@ -11,12 +11,16 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ovisnb.chat import Encoded, collate, encode
 from ovisnb.data.formats import read_records
-from ovisnb.data.record import Record
+from ovisnb.data.record import Record, RecordError
 from ovisnb.train.settings import Settings
 
 
 class RecordEncodingError(ValueError):
-    """A record that cannot be encoded; the message names its id and where it comes from."""
+    """A record that cannot be encoded; the message, one sentence, names its id and where it comes from."""
+
+    def __init__(self, sentence: str):
+        # What a DataLoader's worker raises, torch raises again with the worker's traceback for a message.
+        super().__init__(sentence.rpartition("RecordEncodingError: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,10 @@ class Encoder:
     def __call__(self, record: Record | dict) -> Encoded:
         settings = self.settings
         if isinstance(record, dict):
-            record = Record.from_dict(record)
+            try:
+                record = Record.from_dict(record)
+            except RecordError as error:
+                raise RecordEncodingError(str(error)) from error
         kind = "video" if record.video else "multiple_image" if len(record.images) > 1 else "single_image"
         has_media = bool(record.video or record.images)
         try:
@@ -42,9 +49,9 @@ class Encoder:
                 max_length=settings.multimodal_max_length if has_media else settings.text_max_length,
             )
         except (ValueError, OSError) as error:
-            sentence = str(error) if f"ecord {record.id} " in str(error) else f"Record {record.id}: {error}"
-            where = f" ({record.source})" if record.source and record.source not in sentence else ""
-            raise RecordEncodingError(sentence + where) from error
+            where = f" ({record.source})" if record.source else ""
+            named = str(error) if f"record {record.id!r}" in str(error) else f"record {record.id!r}{where}: {error}"
+            raise RecordEncodingError(named) from error
 
 
 class EncodedRecords(Dataset):

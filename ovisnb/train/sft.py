@@ -78,9 +78,10 @@ def run_sft(
     arguments = training_arguments(settings, evaluates=eval_records is not None)
     if model is None:
         # Weights stay in float32 while they train: steps of 1e-5 vanish in bfloat16's 8 bits.
-        model, processor = load(
-            settings.model_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
-        )
+        with _no_bars():
+            model, processor = load(
+                settings.model_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
+            )
     trained = freeze(model, settings)
 
     checkpoint = last_checkpoint(folder)

@@ -267,9 +267,23 @@ def test_nothing_left_to_train(golden, toy):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_record_that_cannot_be_encoded_is_named(toy, tmp_path, data, workers):
     (tmp_path / "6.png").unlink()
-    with pytest.raises(RecordEncodingError, match="r6") as caught:
+    with pytest.raises(RecordEncodingError) as caught:
         run_sft(toy(dataloader_num_workers=workers))
-    assert "data.jsonl:7" in str(caught.value)
+    start = f"record 'r6' ({data}:7): image 1: there is no picture at {tmp_path / '6.png'}: "
+    assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
+    turns = [{"from": "user", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    with pytest.raises(RecordEncodingError, match="^record 'x': turn 1: the role 'user' is unknown.*$"):
+        run_sft(
+            toy("dicts", data_path=None, dataloader_num_workers=workers),
+            train_dataset=[{"id": "x", "conversations": turns}],
+        )
+
+
+@pytest.mark.parametrize("name", ["lr_scheduler_type", "optim"])
+def test_a_name_that_the_trainer_does_not_know(toy, name):
+    with pytest.raises(SettingsError, match="do not suit transformers' Trainer: cosin is not a valid") as caught:
+        run_sft(toy(**{name: "cosin"}))
+    assert "\n" not in str(caught.value)
 
 
 def test_datasets_in_place_of_files(toy, golden, tmp_path):
