@@ -100,7 +100,7 @@ def assemble(
         ),
         tokenizer,
     )
-    model.generation_config = generation_defaults(os.curdir, config, tokenizer)
+    model.generation_config = generation_defaults({}, tokenizer)
     return model.train(), processor
 
 

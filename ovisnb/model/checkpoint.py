@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .configuration import Ovis2_5Config
@@ -17,6 +17,9 @@ from .image_processing import Ovis2_5ImageProcessor
 from .modeling import Ovis2_5ForConditionalGeneration
 from .processing import VISUAL_TOKENS, Ovis2_5Processor
 from .released import RELEASED_TO_NATIVE, native_config, write_released
+
+
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja")
 
 
 class CheckpointError(ValueError):
@@ -74,7 +77,7 @@ def load(
         raise CheckpointError(f"{path_or_id}: the tensors are not those of its config.json ({told}).")
     # The names were translated once, on the way in; saving writes native names.
     model._weight_conversions = None
-    model.generation_config = generation_defaults(path_or_id, model.config, processor.tokenizer)
+    model.generation_config = generation_defaults(read_json(path_or_id, "generation_config.json"), processor.tokenizer)
     if device is not None:
         model.to(device)
     return model.eval(), processor
@@ -106,10 +109,13 @@ def load_processor(path_or_id: str | os.PathLike) -> Ovis2_5Processor:
 
 
 def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, path, layout: str = "native") -> Path:
-    """Write a checkpoint folder, which appears whole or not at all; an existing folder is replaced.
+    """Write a checkpoint folder, which appears whole or not at all; an existing checkpoint there is replaced.
+
+    Files of yours in that folder (a README, a curve) stay.
 
     Args:
-        layout: "native" for transformers, "released" for the released remote code, vLLM and ms-swift.
+        layout: "native" for transformers, "released" for the released remote code, vLLM and ms-swift. The released
+            config.json refers to the remote code where it was published; none is copied into the folder.
 
     Raises ValueError for another layout, or for a released layout of a language model that is not Qwen3.
     """
@@ -126,9 +132,15 @@ def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, pa
         else:
             model.save_pretrained(whole)
             processor.save_pretrained(whole)
+        for file in whole.iterdir():
+            file.chmod(0o644)  # some of the writers make files that only their owner can read
+        old = Path(scratch) / "old"
         if path.exists():
-            os.replace(path, Path(scratch) / "old")
+            os.replace(path, old)
         os.replace(whole, path)
+        for file in old.glob("*"):
+            if file.suffix not in CHECKPOINT_SUFFIXES and file.name != "merges.txt":
+                os.replace(file, path / file.name)
     return path
 
 
@@ -202,9 +214,9 @@ def check_token_ids(path_or_id, config: Ovis2_5Config, processor: Ovis2_5Process
         )
 
 
-def generation_defaults(path_or_id, config: PretrainedConfig, tokenizer) -> GenerationConfig:
-    """The folder's generation_config.json, with the ends of an answer looked up by name where it lacks them."""
-    generation = GenerationConfig(**read_json(path_or_id, "generation_config.json"))
+def generation_defaults(saved: dict, tokenizer) -> GenerationConfig:
+    """What generation_config.json says, with the ends of an answer looked up by name where it lacks them."""
+    generation = GenerationConfig(**saved)
     vocabulary = tokenizer.get_vocab()
     ends = [vocabulary[name] for name in ("<|im_end|>", "<|endoftext|>") if name in vocabulary]
     stated = generation.eos_token_id

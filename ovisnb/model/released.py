@@ -140,7 +140,7 @@ def write_released(model, processor, folder: Path) -> None:
             "image_std": images.image_std,
             "resample": 2,
             "rescale_factor": 1 / 255,
-            "size": {"height": config.vision_config.image_size, "width": config.vision_config.image_size},
+            "size": {"height": 512, "width": 512},  # never used: the target size is chosen for each picture
             # Not read by the released code, which takes its limits as arguments; kept for opening here.
             "min_pixels": images.min_pixels,
             "max_pixels": images.max_pixels,
