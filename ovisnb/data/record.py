@@ -96,7 +96,7 @@ class Media(_Frozen):
 
 
 class Turn(_Frozen):
-    """One turn of a conversation; `<image>` and `<video>` may stand anywhere in the text."""
+    """One turn of a conversation; `<image>` and `<video>` may stand anywhere in the text, which may be empty."""
 
     role: Role
     text: str
@@ -113,9 +113,7 @@ class Turn(_Frozen):
 
     @field_validator("text")
     @classmethod
-    def _text_says_something(cls, text: str) -> str:
-        if not text.strip():
-            raise ValueError("its text is empty: fill it or drop the turn")
+    def _text_can_be_written(cls, text: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -21,8 +21,8 @@ WHOLE = st.sampled_from(["<think>\nhm\n</think>\n\n", "<tool_response>John Doe</
 
 @st.composite
 def texts(draw) -> str:
-    text = "".join(draw(st.lists(st.one_of(PLAIN, PLAIN, CONTROL, TAGS, WHOLE), min_size=1, max_size=6)))
-    return text.replace("<video>", "") if text.strip() else text + "x"
+    text = "".join(draw(st.lists(st.one_of(PLAIN, PLAIN, CONTROL, TAGS, WHOLE), max_size=6)))
+    return text.replace("<video>", "")
 
 
 @st.composite
