@@ -52,12 +52,14 @@ def train(words: Sequence[str]) -> int:
 
 def infer(arguments: argparse.Namespace) -> int:
     """Ask one question about one picture; print the answer, and write it as JSON if asked to."""
+    from ovisnb.data import Media, open_image
     from ovisnb.generate import Ovis25Inference
     from ovisnb.paths import resolve_model
 
     # what can be refused now should not cost the loading of a model
     if not arguments.image_path.is_file():
         raise FileNotFoundError(f"there is no picture {arguments.image_path}")
+    open_image(Media(path=arguments.image_path))
     if arguments.output_json:
         arguments.output_json.parent.mkdir(parents=True, exist_ok=True)
     ovis = Ovis25Inference(resolve_model(arguments.model_path))

@@ -83,7 +83,7 @@ def run_notebook(path: Path, output: Path, parameters: Mapping[str, Any]) -> Pat
             cwd=str(repository_root() or Path.cwd()),
             progress_bar=sys.stderr.isatty(),
             stdout_file=sys.stdout,
-            extra_arguments=["--log-level=ERROR"],  # the kernel's own log, not what the notebook prints
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, not what the notebook prints
         )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {' '.join(error.evalue.split())}"

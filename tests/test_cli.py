@@ -137,6 +137,8 @@ def test_infer_says_what_is_missing(picture, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     words = ["infer", "--question", "?", "--model_path", str(tmp_path / "empty"), "--image_path"]
     assert complaint(capsys, *words, str(tmp_path / "none.png")) == f"there is no picture {tmp_path / 'none.png'}"
+    (tmp_path / "text.png").write_text("no pixels")
+    assert complaint(capsys, *words, str(tmp_path / "text.png")).startswith(f"{tmp_path / 'text.png'} is no picture")
     assert str(tmp_path / "empty") in complaint(capsys, *words, str(picture))
 
 

@@ -271,6 +271,12 @@ def _sampling(do_sample, temperature, top_p, top_k, repetition_penalty) -> dict[
     """The arguments for `generate`: only what the caller decided, the rest is generation_config's."""
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in given.items() if value is not None}
+    if bad := [name for name in ("temperature", "top_k") if given.get(name, 0) < 0]:
+        raise ValueError(f"{bad[0]} is {given[bad[0]]}: it must be at least 0.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1.")
+    if repetition_penalty is not None and repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}: it must be above 0.")
     if temperature == 0:
         if do_sample:
             raise ValueError("temperature 0 means greedy, and do_sample=True means sampling: give one of them.")
