@@ -111,7 +111,7 @@ def open_language_model(llm, tokenizer, dtype):
             raise ValueError("A language model given by its config has no tokenizer; pass tokenizer=... as well.")
         language = AutoModelForCausalLM.from_config(llm, dtype=dtype, trust_remote_code=False)
     else:
-        language = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, trust_remote_code=False)
+        language = open_whole(AutoModelForCausalLM, llm, dtype)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
     head = language.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -120,6 +120,17 @@ def open_language_model(llm, tokenizer, dtype):
             "choose a language model such as Qwen3, Llama or GPT-2."
         )
     return language, tokenizer
+
+
+def open_whole(auto_class, path_or_id, dtype):
+    """The pretrained model; ValueError where tensors are missing, which transformers would fill with random numbers."""
+    model, info = auto_class.from_pretrained(path_or_id, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    if missing := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise ValueError(
+            f"{path_or_id} lacks {len(missing)} tensors that its config.json asks for, {missing[0]} among them; "
+            "copy the folder again."
+        )
+    return model
 
 
 def open_vision_tower(vit, options: dict, dtype) -> Ovis2_5VisionModel:
@@ -162,7 +173,7 @@ def initialise_vision(tower: Ovis2_5VisionModel) -> None:
 
 def copy_vision_weights(vit, tower: Ovis2_5VisionModel, dtype) -> None:
     """Copy every tensor of the transformer from a SigLIP or SigLIP2 model; ValueError if one is missing."""
-    source = AutoModel.from_pretrained(vit, dtype=dtype, trust_remote_code=False).state_dict()
+    source = open_whole(AutoModel, vit, dtype).state_dict()
     source = {name.split("vision_model.")[-1]: tensor for name, tensor in source.items() if "text_model" not in name}
     target = tower.transformer.state_dict()
     weight = source["embeddings.patch_embedding.weight"]
