@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -162,7 +161,10 @@ class Ovis2_5VisionAttention(nn.Module):
             )
             return out[0]
         if kind == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
-            return varlen_attn(q, k, v, ends, ends, longest, longest, scale=self.scaling)
+            from torch.nn.attention.varlen import varlen_attn  # only where there is a GPU: it registers CUDA operators
+
+            # not causal and scaled by head_dim**-0.5 unless told otherwise, which each torch spells in its own way
+            return varlen_attn(q, k, v, ends, ends, longest, longest)
         if len(segments.blocks) == 1:
             shape = (len(segments.lengths), longest, self.heads, -1)
             return self.dense(q.view(shape), k.view(shape), v.view(shape), kind, dropout).reshape(q.shape)
@@ -234,6 +236,18 @@ class Ovis2_5VisionEncoder(nn.Module):
         return hidden
 
 
+class Ovis2_5UnreadNorm(nn.Module):
+    """Scale and shift of a layer norm that checkpoints hold but nothing reads.
+
+    Buffers, which are loaded and saved like parameters: DDP would wait for the gradient of a parameter for ever.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(size))
+        self.register_buffer("bias", torch.zeros(size))
+
+
 class Ovis2_5VisionTransformer(nn.Module):
     """Returns the last encoder layer's output BEFORE post_layernorm, which the checkpoint holds but nothing reads."""
 
@@ -241,7 +255,7 @@ class Ovis2_5VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = Ovis2_5VisionEmbeddings(config)
         self.encoder = Ovis2_5VisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = Ovis2_5UnreadNorm(config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
         return self.encoder(self.embeddings(pixel_values, grids), grids)
