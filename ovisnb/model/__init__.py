@@ -2,12 +2,14 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+
+# by its module: without torchvision, transformers 5.17 holds a placeholder under the short name
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .assemble import assemble
 from .checkpoint import CheckpointError, load, load_processor, save

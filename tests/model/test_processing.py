@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ovisnb.model import Ovis2_5ForConditionalGeneration, Ovis2_5ImageProcessor, Ovis2_5Processor, smart_resize
 from ovisnb.model.processing import VISUAL_TOKENS
