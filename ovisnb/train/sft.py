@@ -36,6 +36,7 @@ from ovisnb.train.modules import freeze
 from ovisnb.train.settings import Settings, SettingsError
 
 SHOWN_TRUNCATIONS = 3
+OPTIMIZER_SETTINGS = {"train_modules", "freeze_llm", "freeze_vision_tower", "optim"}  # they shape the optimizer's state
 
 
 def run_sft(
@@ -85,10 +86,17 @@ def run_sft(
     trained = freeze(model, settings)
 
     checkpoint = last_checkpoint(folder)
+    changes = _changes(folder / "settings.json", settings) if checkpoint else {}
+    for name in OPTIMIZER_SETTINGS & changes.keys():  # read by every process before the first one writes
+        raise SettingsError(
+            f"{name} was {changes[name][0]!r} in the run in {folder} and is {changes[name][1]!r} now, which its "
+            "optimizer's state does not fit: choose another output_dir, or the earlier value."
+        )
     if arguments.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            _tell_changes(folder / "settings.json", settings)
+        if changes:
+            told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
+            print(f"settings changed since then: {told}")
         _write_text(folder / "settings.json", json.dumps(settings.to_dict(), indent=2) + "\n")
         print("training " + ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in trained.items() if count))
         print(f"run folder {folder}" + (f", continuing from {checkpoint.name}" if checkpoint else ""), flush=True)
@@ -228,14 +236,13 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def _tell_changes(file: Path, settings: Settings) -> None:
-    """Print the settings that differ from those of the run that is continued."""
+def _changes(file: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """(before, now) of the settings that differ from those of the run that is continued."""
     if not _is_json(file):
-        return
-    before, now = json.loads(file.read_text(encoding="utf-8")), settings.to_dict()
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    if changed:
-        print("settings changed since then: " + ", ".join(changed))
+        return {}
+    before = json.loads(file.read_text(encoding="utf-8"))
+    pairs = {name: (before[name], now) for name, now in settings.to_dict().items() if name in before}
+    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
 
 
 def _step(checkpoint: Path) -> int:
