@@ -77,9 +77,9 @@ class RecordMaker:
     Args:
         split: "train" or "heldout".
         seed: another seed, other records.
-        size, n_objects, grid, labels: as for `scene`.
+        size, n_objects, grid, labels, alike: as for `scene`.
         kinds: weight of each kind of question; `shapes_text.KINDS` if None. Kinds that a scene cannot answer are
-            passed over (read needs a labelled object, compare two objects).
+            passed over (read needs a labelled object, compare two objects, attribute a colour or shape of one object).
         turns: (lowest, highest) number of questions about one picture.
 
     Raises:
@@ -95,6 +95,7 @@ class RecordMaker:
         n_objects: int | tuple[int, int] | None = None,
         grid: int = 64,
         labels: float = 0.3,
+        alike: float = 2 / 3,
         kinds: Mapping[str, float] | None = None,
         turns: tuple[int, int] = (1, 1),
     ):
@@ -102,8 +103,9 @@ class RecordMaker:
             raise ValueError(f"shapes: split is {split!r}, give one of {', '.join(SPLITS)}.")
         if not 1 <= turns[0] <= turns[1]:
             raise ValueError(f"shapes: turns is {turns}, give (lowest, highest) with 1 <= lowest <= highest.")
-        check_options(size, grid, labels)
-        self.split, self.seed, self.size, self.grid, self.labels = split, seed, size, grid, labels
+        check_options(size, grid, labels, alike)
+        self.split, self.seed, self.size = split, seed, size
+        self.grid, self.labels, self.alike = grid, labels, alike
         self.range = count_range(n_objects)
         self.kinds = shapes_text.check_kinds(kinds)
         self.turns = tuple(turns)
@@ -132,7 +134,7 @@ class RecordMaker:
         """Layout, questions and scene seed of a record, without drawing anything."""
         for attempt in range(2000):
             key = f"{self.split}/{self.seed}/{index}/{attempt}"
-            layout = make_layout(key, self.range, self.grid, self.labels)
+            layout = make_layout(key, self.range, self.grid, self.labels, self.alike)
             if layout_split(layout.objects) != self.split:
                 continue
             objects = visible(layout.objects, self.size)

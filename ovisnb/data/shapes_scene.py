@@ -85,21 +85,23 @@ def scene(
     n_objects: int | tuple[int, int] | None = None,
     grid: int = 64,
     labels: float = 0.3,
+    alike: float = 2 / 3,
 ) -> Scene:
     """Draw the scene of this seed.
 
     Args:
-        seed: any integer or string; it alone (with n_objects, grid and labels) decides the layout.
+        seed: any integer or string; it alone (with n_objects, grid, labels and alike) decides the layout.
         size: side of the square picture in pixels, 64 to 1024.
         n_objects: how many objects, or (lowest, highest); 1 to 6 if None.
         grid: boxes are multiples of 1/grid.
         labels: how probable a label is on an object that has room for one. Labels are only there from 256 pixels on.
+        alike: how probable it is that an object takes its colour or its shape from an earlier one.
 
     Raises:
         ValueError: an option is outside its range.
     """
-    check_options(size, grid, labels)
-    return draw(make_layout(seed, count_range(n_objects), grid, labels), size, seed)
+    check_options(size, grid, labels, alike)
+    return draw(make_layout(seed, count_range(n_objects), grid, labels, alike), size, seed)
 
 
 def layout_split(objects: tuple[SceneObject, ...]) -> str:
@@ -118,7 +120,7 @@ def keyed_random(*parts: object) -> Random:
     return Random(int.from_bytes(digest, "big"))
 
 
-def make_layout(seed: int | str, counts: tuple[int, int], grid: int, labels: float) -> Layout:
+def make_layout(seed: int | str, counts: tuple[int, int], grid: int, labels: float, alike: float) -> Layout:
     """The layout of a seed, with counts = (lowest, highest) number of objects and labels whatever the size."""
     rng = keyed_random("layout", seed)
     wanted = rng.randint(*counts)
@@ -127,7 +129,7 @@ def make_layout(seed: int | str, counts: tuple[int, int], grid: int, labels: flo
         if boxes is not None:
             break
     objects = []
-    for (colour, shape), (x, y, side) in zip(_pairs(rng, wanted), boxes, strict=True):
+    for (colour, shape), (x, y, side) in zip(_pairs(rng, wanted, alike), boxes, strict=True):
         share = side / grid
         size = SIZES[(share >= MEDIUM_SIDE) + (share >= LARGE_SIDE)]
         label = _label(rng, shape, share, labels)
@@ -153,17 +155,17 @@ def _place(rng: Random, wanted: int, grid: int) -> list[tuple[int, int, int]] | 
     return placed
 
 
-def _pairs(rng: Random, wanted: int) -> list[tuple[str, str]]:
-    """Different (colour, shape) pairs; two in three share a half with an earlier one."""
+def _pairs(rng: Random, wanted: int, alike: float) -> list[tuple[str, str]]:
+    """Different (colour, shape) pairs; each takes one half from an earlier one with probability `alike`."""
     colours = list(COLOURS)
     pairs: list[tuple[str, str]] = []
     while len(pairs) < wanted:
         colour, shape = rng.choice(colours), rng.choice(SHAPES)
         if pairs:
             draw, other = rng.random(), rng.choice(pairs)
-            if draw < 1 / 3:
+            if draw < alike / 2:
                 colour = other[0]
-            elif draw < 2 / 3:
+            elif draw < alike:
                 shape = other[1]
         if (colour, shape) not in pairs:
             pairs.append((colour, shape))
@@ -184,14 +186,15 @@ def visible(objects: tuple[SceneObject, ...], size: int) -> tuple[SceneObject, .
     return tuple(replace(item, label=None) for item in objects)
 
 
-def check_options(size: int, grid: int, labels: float) -> None:
+def check_options(size: int, grid: int, labels: float, alike: float) -> None:
     """ValueError, naming the option, if one is outside its range."""
     if not 64 <= size <= 1024:
         raise ValueError(f"shapes: size is {size} pixels, give 64 to 1024.")
     if not 16 <= grid <= 512:
         raise ValueError(f"shapes: grid is {grid}, give 16 to 512.")
-    if not 0 <= labels <= 1:
-        raise ValueError(f"shapes: labels is {labels}, give a probability from 0 to 1.")
+    for name, value in (("labels", labels), ("alike", alike)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"shapes: {name} is {value}, give a probability from 0 to 1.")
 
 
 def count_range(n_objects: int | tuple[int, int] | None) -> tuple[int, int]:

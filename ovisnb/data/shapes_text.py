@@ -22,6 +22,7 @@ KINDS = {
     "reverse": 1.0,
     "count": 1.0,
     "compare": 1.0,
+    "attribute": 1.0,
     "map": 1.0,
     "read": 1.0,
 }
@@ -133,6 +134,8 @@ def _one(kind: str, rng: Random, objects: Objects, free: list[SceneObject], size
         return _count(rng, objects)
     if kind == "compare":
         return _compare(rng, objects)
+    if kind == "attribute":
+        return _attribute(rng, objects)
     if kind == "read":
         return _read(rng, objects, size)
     if not free:
@@ -158,6 +161,17 @@ def _count(rng: Random, objects: Objects) -> Question:
     shape = rng.choice(SHAPES) if anything else item.shape
     number = sum(o.shape == shape for o in objects)
     return Question("count", f"How many {shape}{'es' if shape.endswith('s') else 's'} are there?", str(number))
+
+
+def _attribute(rng: Random, objects: Objects) -> Question | None:
+    """The colour of the only object of its shape, or the shape of the only one of its colour."""
+    possible = []
+    for item in objects:
+        if sum(o.shape == item.shape for o in objects) == 1:
+            possible.append((f"What colour is the {item.shape}?", item.colour))
+        if sum(o.colour == item.colour for o in objects) == 1:
+            possible.append((f"What shape is {item.colour}?", item.shape))
+    return Question("attribute", *rng.choice(possible)) if possible else None
 
 
 def _compare(rng: Random, objects: Objects) -> Question | None:

@@ -214,8 +214,51 @@ def check_read(question, answer, objects):
     assert answer.count("</tool_call><image>\n") == 1
 
 
+def check_find_all(question, answer, objects):
+    lines = [BOX.fullmatch(line).groups() for line in answer.split("\n")]
+    assert {name for name, *_ in lines} == set(objects) and len(lines) == len(objects)
+    assert all(edges == [three(edge) for edge in objects[name]["box"]] for name, *edges in lines)
+    asked = ", ".join(f"<ref>{name}</ref>" for name, *_ in lines)
+    assert question == f"Find {asked}. Please provide the bounding box coordinates."
+
+
+def check_map(question, answer, objects):
+    half = {"colour": 0, "shape": 1}[re.fullmatch(r"Name the (\w+)s in a 4 by 4 grid\.", question).group(1)]
+    rows = [line.split(" ") for line in answer.split("\n")]
+    assert [len(row) for row in rows] == [4] * 4
+    # counted in 64ths of the picture's side, 16 a cell, so that nothing is rounded
+    boxes = {name.split()[half]: [] for name in objects}
+    for name, item in objects.items():
+        boxes[name.split()[half]].append([round(64 * edge) for edge in item["box"]])
+
+    def most(word, row, column):
+        return max(
+            max(0, min(x2, 16 * column + 16) - max(x1, 16 * column)) * max(0, min(y2, 16 * row + 16) - max(y1, 16 * row))
+            for x1, y1, x2, y2 in boxes[word]
+        )
+
+    for row, column in itertools.product(range(4), range(4)):
+        shares = {word: most(word, row, column) for word in boxes}
+        if max(shares.values()) < 0.2 * 256:
+            assert rows[row][column] == "none"
+        else:
+            assert shares[rows[row][column]] == max(shares.values())
+
+
+def check_attribute(question, answer, objects):
+    pairs = [name.split() for name in objects]
+    if shape := re.fullmatch(r"What colour is the (\w+)\?", question):
+        assert [colour for colour, other in pairs if other == shape.group(1)] == [answer]
+    else:
+        colour = re.fullmatch(r"What shape is (\w+)\?", question).group(1)
+        assert [shape for other, shape in pairs if other == colour] == [answer]
+
+
 CHECKS = {
+    "attribute": check_attribute,
     "find": check_find,
+    "find_all": check_find_all,
+    "map": check_map,
     "point": check_point,
     "list": check_list,
     "reverse": check_reverse,
@@ -230,10 +273,18 @@ def test_kinds_come_by_their_weights():
     assert set(kinds) == {"find", "list"} and 260 < kinds.count("find") < 340
 
 
+def test_alike_decides_how_often_colours_and_shapes_repeat():
+    def repeats(alike):
+        scenes = [scene(seed, size=64, n_objects=4, alike=alike).objects for seed in range(100)]
+        return sum(8 - len({o.colour for o in s}) - len({o.shape for o in s}) for s in scenes)
+
+    assert repeats(0.0) < 0.8 * repeats(2 / 3) < 0.8 * repeats(1.0)
+
+
 def test_a_list_comes_last_and_no_object_is_located_twice():
     for record in records("train", count=200, size=64, n_objects=(1, 4), turns=(3, 6)):
         kinds = record.meta["kinds"]
-        assert "list" not in kinds[:-1]
+        assert not {"list", "find_all"} & set(kinds[:-1])
         asked = [t.text for t, kind in zip(record.turns[1::2], kinds, strict=True) if kind in ("find", "point")]
         assert len({text.split("</ref>")[0] for text in asked}) == len(asked)
 
@@ -261,6 +312,7 @@ def test_texts_are_the_words_of_the_training_records():
         ({"labels": 2}, "labels is 2"),
         ({"turns": (0, 1)}, r"turns is \(0, 1\)"),
         ({"kinds": {"fnid": 1}}, "unknown kind 'fnid'"),
+        ({"alike": 1.5}, "alike is 1.5"),
         ({"kinds": {"find": -1}}, "the weight -1"),
         ({"kinds": {"find": 0}}, "every kind in kinds has weight 0"),
     ],
