@@ -41,9 +41,9 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 class Ovis25Inference:
     """A model and its processor, ready to be asked.
 
-    `Ovis25Inference(model_path)` loads a folder or hub id (device, dtype and attn_implementation as
-    in `ovisnb.load`; `CheckpointError` if it is no checkpoint); `Ovis25Inference(model=model,
-    processor=processor)` takes a loaded pair.
+    `Ovis25Inference(model_path)` loads a folder or hub id, onto the GPU where there is one unless
+    `device` says otherwise (dtype and attn_implementation as in `ovisnb.load`; `CheckpointError` if it
+    is no checkpoint); `Ovis25Inference(model=model, processor=processor)` takes a loaded pair.
 
     Options of every call, all by name:
       enable_thinking          let the model think first (default False)
@@ -71,6 +71,7 @@ class Ovis25Inference:
         if (model_path is None) == (model is None) or (model is None) != (processor is None):
             raise ValueError("Ovis25Inference takes either a model_path, or both model= and processor=.")
         if model is None:
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model, processor = load(model_path, dtype=dtype, device=device, attn_implementation=attn_implementation)
         elif not (device is None and dtype is None and attn_implementation is None):
             raise ValueError(

@@ -312,3 +312,12 @@ def test_constructor_takes_one_of_the_two(golden, golden_model, golden_processor
     with pytest.raises(ValueError, match="belong to loading"):
         Ovis25Inference(model=golden_model, processor=golden_processor, device="cpu")
     assert isinstance(Ovis25Inference(golden / "checkpoint"), Ovis25Inference)
+
+
+@pytest.mark.parametrize(("there", "asked", "used"), [(True, None, "cuda"), (False, None, "cpu"), (True, "cpu", "cpu")])
+def test_a_model_is_loaded_onto_the_gpu_where_there_is_one(monkeypatch, there, asked, used):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr("ovisnb.generate.inference.load", lambda *_, device, **__: devices.append(device) or (0, 0))
+    Ovis25Inference("owner/model", device=asked)
+    assert devices == [used]
