@@ -23,6 +23,7 @@ KINDS = {
     "count": 1.0,
     "compare": 1.0,
     "attribute": 1.0,
+    "name": 1.0,
     "map": 1.0,
     "read": 1.0,
 }
@@ -136,6 +137,12 @@ def _one(kind: str, rng: Random, objects: Objects, free: list[SceneObject], size
         return _compare(rng, objects)
     if kind == "attribute":
         return _attribute(rng, objects)
+    if kind == "name":
+        first, second = rng.sample(("colour", "shape"), 2)
+        named = ", ".join(
+            f"{getattr(item, first)} {getattr(item, second)}" for item in rng.sample(list(objects), len(objects))
+        )
+        return Question(kind, f"Name every object, {first} first.", named)
     if kind == "read":
         return _read(rng, objects, size)
     if not free:

@@ -254,7 +254,15 @@ def check_attribute(question, answer, objects):
         assert [shape for other, shape in pairs if other == colour] == [answer]
 
 
+def check_name(question, answer, objects):
+    first = re.fullmatch(r"Name every object, (colour|shape) first\.", question).group(1)
+    pairs = [tuple(words.split(" ")) for words in answer.split(", ")]
+    names = [f"{one} {other}" if first == "colour" else f"{other} {one}" for one, other in pairs]
+    assert sorted(names) == sorted(objects)
+
+
 CHECKS = {
+    "name": check_name,
     "attribute": check_attribute,
     "find": check_find,
     "find_all": check_find_all,
