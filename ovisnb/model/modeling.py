@@ -76,13 +76,12 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         # a placeholder without its pixels must not pass for a text
         if any(medium.pixel_values is not None for medium in media) or holds_placeholders(input_ids, config):
             check_placeholders(input_ids, atoms, media, config)
+            features = self.media_features(media)
             video_start, video_end = config.video_start_token_id, config.video_end_token_id
             depth = (input_ids == video_start).long() - (input_ids == video_end).long()
             in_video = depth.cumsum(1) > 0
-            for medium, where in zip(media, (atoms & ~in_video, atoms & in_video), strict=True):
-                if medium.pixel_values is not None:
-                    features = self.get_visual_features(medium.pixel_values, medium.grid_thw)
-                    embeds = embeds.masked_scatter(where[..., None], features.to(embeds.dtype))
+            for piece, where in zip(features, (atoms & ~in_video, atoms & in_video), strict=True):
+                embeds = embeds.masked_scatter(where[..., None], piece.to(embeds.dtype))
         elif self.needs_vision():
             embeds = embeds + 0.0 * self.unseen_image(input_ids.device).to(embeds.dtype)
         first = config.visual_vocab_size - INDICATORS
@@ -91,6 +90,16 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
             row_embedding = self.visual_embeddings_table(torch.tensor(first + row, device=input_ids.device))
             embeds = torch.where(mark, row_embedding.to(embeds.dtype), embeds)
         return embeds
+
+    def media_features(self, media: list[Medium]) -> tuple[torch.Tensor, ...]:
+        """Features of each kind of media, [its visual tokens, hidden_size], from ONE pass of the vision tower: under
+        ZeRO-3 a rank with pictures and videos must gather the tower as often as a rank with neither."""
+        given = [medium for medium in media if medium.pixel_values is not None]
+        together = self.get_visual_features(
+            torch.cat([medium.pixel_values for medium in given]), torch.cat([medium.grid_thw for medium in given])
+        )
+        stride = self.config.vision_config.hidden_stride**2
+        return together.split([0 if m.pixel_values is None else len(m.pixel_values) // stride for m in media])
 
     def needs_vision(self) -> bool:
         """Whether a batch without any picture must still run the vision tower: every rank has to touch the same
@@ -283,6 +292,10 @@ def check_placeholders(input_ids: torch.Tensor, atoms: torch.Tensor, media: list
     so_far = atoms.long().cumsum(1)
     spare = so_far[:, -1].tolist()  # atoms of each sample that no picture or video has claimed
     for medium in media:
+        if (medium.pixel_values is None) != (medium.grid_thw is None):
+            raise ValueError(
+                f"The batch has pixels or grids of {medium.name}s without the other; pass both, or neither."
+            )
         grids = [] if medium.grid_thw is None else (medium.grid_thw.prod(1) // stride).tolist()
         starts, ends = (input_ids == medium.start).nonzero(), (input_ids == medium.end).nonzero()
         if len(starts) != len(grids) or starts[:, 0].tolist() != ends[:, 0].tolist():

@@ -249,6 +249,9 @@ def test_windows_and_full_layers_mix(golden):
         (lambda b: b.update(image_grid_thw=b["image_grid_thw"][:-1]), r"counts are \[1, 0, 3\]"),
     ],
 )
+        (lambda b: b.update(image_grid_thw=b["image_grid_thw"].flip(0)), "placeholder tokens but its grid .* likely"),
+        (lambda b: b.pop("image_grid_thw"), "pixels or grids of images without the other"),
+        (lambda b: b["input_ids"].__setitem__((1, 1), 546), "sample 1 has an unclosed video"),
 def test_placeholders_without_their_features_are_told_by_sample(golden_pair, inputs, spoil, told):
     model, processor = golden_pair
     batch = stack([inputs(n) for n in ("single", "text_only", "multi_image")], processor.tokenizer.pad_token_id)
@@ -259,6 +262,36 @@ def test_placeholders_without_their_features_are_told_by_sample(golden_pair, inp
 
 def test_patches_and_grids_must_agree(golden_model):
     with pytest.raises(ValueError, match="ask for 16 patches but pixel_values has 12"):
+def test_a_cached_continuation_needs_no_pictures(golden_pair, inputs):
+    """The cache holds the pictures; only new tokens come in, one or several."""
+    model, _ = golden_pair
+    batch = inputs("single")
+    batch.pop("labels")
+    with torch.no_grad():
+        whole = model(**batch).logits[0]
+        for new in (1, 3):
+            head = batch | {"input_ids": batch["input_ids"][:, :-new]}
+            cache = model(**head, use_cache=True).past_key_values
+            rest = model(input_ids=batch["input_ids"][:, -new:], past_key_values=cache).logits[0]
+            torch.testing.assert_close(rest, whole[-new:], rtol=0, atol=1e-4)
+
+
+def test_every_batch_runs_the_vision_tower_once(golden_pair, inputs):
+    """Under ZeRO-3 a rank that ran it twice, for pictures and for videos, would wait for the others for ever."""
+    model, processor = golden_pair
+    runs = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        with torch.no_grad():
+            model(**stack([inputs(n) for n in ("video", "multi_image")], processor.tokenizer.pad_token_id))
+            assert len(runs) == 1
+            model.train()(**inputs("text_only"))
+            assert len(runs) == 2
+    finally:
+        model.eval()
+        handle.remove()
+
+
         golden_model.model.vision_tower(torch.zeros(12, 768), torch.tensor([[1, 4, 4]]))
 
 
