@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .configuration import Ovis2_5Config
@@ -52,21 +54,33 @@ def load(
         config.video_start_token_id, config.video_end_token_id = ids.video_start, ids.video_end
     check_token_ids(path_or_id, config, processor)
     try:
-        model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
-            path_or_id,
-            config=config,
-            key_mapping=RELEASED_TO_NATIVE if released else None,
-            use_safetensors=True,
-            dtype="auto" if dtype is None else dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with quiet():
+            model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
+                path_or_id,
+                config=config,
+                key_mapping=RELEASED_TO_NATIVE if released else None,
+                use_safetensors=True,
+                dtype="auto" if dtype is None else torch_dtype(dtype),
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+    except ImportError as error:
+        raise CheckpointError(
+            f"attn_implementation {attn_implementation!r} needs a package that is not here ({_first_line(error)}); install "
+            "ovisnb[gpu], or use 'sdpa'."
+        ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path_or_id} has no readable safetensors weights ({_first_line(error)}); convert .bin files to safetensors "
             "with a tool you trust, or copy the folder again."
         ) from error
+    except ValueError as error:
+        if "attn_implementation" in str(error) or "attention" in str(error).lower():
+            raise CheckpointError(
+                f"attn_implementation {attn_implementation!r} is not known; use 'sdpa', 'eager' or 'flash_attention_2'."
+            ) from error
+        raise
     except RuntimeError as error:
         raise CheckpointError(
             f"{path_or_id}: the weights do not fit config.json ({_first_line(error)}); both must come from one checkpoint."
@@ -81,6 +95,28 @@ def load(
     if device is not None:
         model.to(device)
     return model.eval(), processor
+
+
+@contextmanager
+def quiet():
+    """Without transformers' bars and reports: what is wrong is said once, by us."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype or its name; CheckpointError for a name that is none."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype {dtype!r} is not a floating point dtype of torch; use 'bfloat16' or 'float32'.")
+    return found
 
 
 def load_processor(path_or_id: str | os.PathLike) -> Ovis2_5Processor:

@@ -36,7 +36,7 @@ class Ovis2_5VisionConfig(PretrainedConfig):
         attention_dropout: float = 0.0,
         hidden_stride: int = 2,
         window_size: int = 112,
-        fullatt_block_indexes: str | list[int] | None = None,
+        fullatt_block_indexes: str | int | list[int] | None = None,
         temporal_patch_size: int = 1,
         preserve_original_pe: bool = True,
         use_rope: bool = True,
@@ -74,8 +74,8 @@ class Ovis2_5VisionConfig(PretrainedConfig):
         full = self.fullatt_block_indexes
         if full is None:
             return False
-        if isinstance(full, str):
-            full = [index for index in full.split("|") if index]
+        if isinstance(full, (int, str)):
+            full = [index for index in str(full).split("|") if index]
         return layer not in {int(index) for index in full}
 
 

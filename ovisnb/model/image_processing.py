@@ -134,8 +134,9 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
         return np.concatenate(values), np.asarray(grids, dtype=np.int64)
 
     def preprocess(self, images, min_pixels=None, max_pixels=None, return_tensors=None) -> BatchFeature:
-        """Patches of one PIL image or of a list of them (nested lists are flattened in order)."""
-        images = list(flatten(images))
+        """Patches of one picture or of a list of them (nested lists are flattened in order); a picture is a PIL image
+        or a uint8 array [height, width, 3] or [3, height, width]."""
+        images = [as_picture(image) for image in flatten(images)]
         if not images:
             raise ValueError("The image processor got an empty list of images; pass at least one picture.")
         values, grids = self._clips([[image] for image in images], min_pixels, max_pixels)
@@ -156,12 +157,43 @@ class Ovis2_5VideoProcessor:
         self.image_processor = image_processor
 
     def __call__(self, videos, min_pixels=None, max_pixels=None, return_tensors=None) -> BatchFeature:
-        """Patches of clips; `videos` is a list of lists of PIL frames, or one list of frames."""
-        videos = [list(videos)] if videos and not isinstance(videos[0], (list, tuple)) else list(videos)
+        """Patches of clips; `videos` is one clip or a (nested) list of clips, a clip a list of pictures or a uint8
+        array [frames, height, width, 3]."""
+        videos = list(clips_of(videos))
         if not videos or not all(videos):
             raise ValueError("The video processor got a video without frames; pass at least one frame a video.")
         values, grids = self.image_processor._clips(videos, min_pixels, max_pixels)
         return tensors({"pixel_values_videos": values, "video_grid_thw": grids}, return_tensors)
+
+
+def as_picture(image) -> Image.Image:
+    """A PIL image as it is, a uint8 array as one; TypeError, saying what was given, for anything else."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):
+            image = image.transpose(1, 2, 0)
+        return Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+    given = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise TypeError(f"A picture is a PIL image or a uint8 array [height, width, 3], not a {given}; open or convert it.")
+
+
+def clips_of(videos):
+    """The clips, lists of PIL frames, in one clip, a list of clips, or one list of clips a text."""
+    if isinstance(videos, np.ndarray) and videos.ndim == 4:
+        yield [as_picture(frame) for frame in videos]
+    elif isinstance(videos, (list, tuple)) and videos and not _holds_clips(videos):
+        yield [as_picture(frame) for frame in videos]
+    elif isinstance(videos, (list, tuple, np.ndarray)):
+        for item in videos:
+            yield from clips_of(item) if len(item) else [[]]
+    else:
+        raise TypeError(f"A video is a list of frames, not a {type(videos).__name__}; read its frames first.")
+
+
+def _holds_clips(videos) -> bool:
+    first = videos[0]
+    return isinstance(first, (list, tuple)) or (isinstance(first, np.ndarray) and first.ndim == 4)
 
 
 def flatten(items):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 
-from .image_processing import Ovis2_5ImageProcessor, Ovis2_5VideoProcessor, flatten
+from .image_processing import Ovis2_5ImageProcessor, Ovis2_5VideoProcessor, clips_of, flatten
 
 IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 # In the order of their ids; the last four stand for the last four rows of the visual vocabulary.
@@ -121,7 +121,7 @@ class Ovis2_5Processor(ProcessorMixin):
         """Model inputs of one text or a batch of texts with their pictures and videos, in order of placeholders.
 
         Args:
-            images: PIL images, flat or one list a text. videos: lists of PIL frames, flat or one list a text.
+            images: PIL images or uint8 arrays, flat or one list a text. videos: clips of them, flat or one list a text.
             min_pixels, max_pixels: limits on the area of each resized picture, in pixels.
             tokenizer_kwargs: `padding`, `padding_side`, `truncation` is refused (it would cut inside a picture).
 
@@ -137,7 +137,7 @@ class Ovis2_5Processor(ProcessorMixin):
             return_tensors = nested.pop("return_tensors", return_tensors)
             tokenizer_kwargs |= nested
         images = list(flatten(images)) if images is not None else []
-        videos = list(_clips(videos)) if videos is not None else []
+        videos = list(clips_of(videos)) if videos is not None else []
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         media = {}
         if images:
@@ -189,13 +189,3 @@ class Ovis2_5Processor(ProcessorMixin):
             **kwargs,
         )
 
-
-def _clips(videos):
-    """The clips (lists of PIL frames) in `videos`: one clip, a list of clips, or one list of clips a text."""
-    if not isinstance(videos, (list, tuple)):
-        raise ValueError("videos must be lists of PIL frames.")
-    if videos and not isinstance(videos[0], (list, tuple)):
-        yield list(videos)
-    else:
-        for item in videos:
-            yield from _clips(item)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.utils import is_flash_attn_2_available
 
 from ovisnb.model import CheckpointError, Ovis2_5Config, load, load_processor, released, save
 
@@ -268,6 +269,30 @@ def test_a_missing_folder_a_file_and_a_hub_id_without_a_hub(tmp_path, monkeypatc
         with pytest.raises(CheckpointError, match=str(path)) as caught:
             load(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"attn_implementation": "flash_attention_2"}, r"flash_attention_2' needs a package that is not here .*ovisnb\[gpu\]"),
+        ({"attn_implementation": "flashy"}, "'flashy' is not known; use 'sdpa'"),
+        ({"dtype": "float33"}, "'float33' is not a floating point dtype"),
+        ({"dtype": torch.int8}, "torch.int8 is not a floating point dtype"),
+    ],
+)
+def test_options_that_cannot_be_had_get_one_sentence(golden, options, told):
+    if "flash_attention_2" in options.values() and is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed here")
+    with pytest.raises(CheckpointError, match=told):
+        load(golden / "checkpoint", **options)
+
+
+def test_loading_says_nothing_of_its_own(golden, folder, capfd):
+    load(golden / "checkpoint")
+    rename_tensor(folder)
+    with pytest.raises(CheckpointError):
+        load(folder)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_nothing_is_unpickled(folder, tmp_path):

@@ -237,6 +237,8 @@ def test_windows_and_full_layers_mix(golden):
     for written in ("0|2", [0, 2]):
         config.fullatt_block_indexes = written
         assert [config.windowed(layer) for layer in range(3)] == [False, True, False]
+    config.fullatt_block_indexes = 1
+    assert [config.windowed(layer) for layer in range(3)] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -247,11 +249,11 @@ def test_windows_and_full_layers_mix(golden):
         (lambda b: b["input_ids"].__setitem__((1, 1), 543), "Sample 1 .*outside any image"),
         (lambda b: b["input_ids"].__setitem__((2, slice(12, None)), 5), "sample 2 has an unclosed image"),
         (lambda b: b.update(image_grid_thw=b["image_grid_thw"][:-1]), r"counts are \[1, 0, 3\]"),
-    ],
-)
         (lambda b: b.update(image_grid_thw=b["image_grid_thw"].flip(0)), "placeholder tokens but its grid .* likely"),
         (lambda b: b.pop("image_grid_thw"), "pixels or grids of images without the other"),
         (lambda b: b["input_ids"].__setitem__((1, 1), 546), "sample 1 has an unclosed video"),
+    ],
+)
 def test_placeholders_without_their_features_are_told_by_sample(golden_pair, inputs, spoil, told):
     model, processor = golden_pair
     batch = stack([inputs(n) for n in ("single", "text_only", "multi_image")], processor.tokenizer.pad_token_id)
@@ -260,8 +262,6 @@ def test_placeholders_without_their_features_are_told_by_sample(golden_pair, inp
         model(**batch)
 
 
-def test_patches_and_grids_must_agree(golden_model):
-    with pytest.raises(ValueError, match="ask for 16 patches but pixel_values has 12"):
 def test_a_cached_continuation_needs_no_pictures(golden_pair, inputs):
     """The cache holds the pictures; only new tokens come in, one or several."""
     model, _ = golden_pair
@@ -292,6 +292,8 @@ def test_every_batch_runs_the_vision_tower_once(golden_pair, inputs):
         handle.remove()
 
 
+def test_patches_and_grids_must_agree(golden_model):
+    with pytest.raises(ValueError, match="ask for 16 patches but pixel_values has 12"):
         golden_model.model.vision_tower(torch.zeros(12, 768), torch.tensor([[1, 4, 4]]))
 
 

@@ -79,6 +79,27 @@ def test_frames_take_the_first_frames_size(golden_processor):
     assert made["pixel_values_videos"].shape == (48, 768)
 
 
+def test_arrays_are_pictures_too(golden_processor, golden):
+    picture = Image.open(golden / "images" / "photo.png").convert("RGB")
+    array = np.asarray(picture)
+    wanted = golden_processor(text="<image> x", images=picture, max_pixels=25600, min_pixels=1024, return_tensors="pt")
+    for images in (array, [array], [[array]], array.transpose(2, 0, 1)):
+        made = golden_processor(text="<image> x", images=images, max_pixels=25600, min_pixels=1024, return_tensors="pt")
+        assert torch.equal(made["pixel_values"], wanted["pixel_values"])
+    clip = golden_processor.video_processor([[picture, picture]], max_pixels=25600, min_pixels=1024)
+    for videos in (np.stack([array, array]), [np.stack([array, array])], [[array, array]], [array, array], [[[array] * 2]]):
+        made = golden_processor.video_processor(videos, max_pixels=25600, min_pixels=1024)
+        assert made["video_grid_thw"].tolist() == clip["video_grid_thw"].tolist() == [[2, *wanted["image_grid_thw"][0, 1:]]]
+        np.testing.assert_array_equal(made["pixel_values_videos"], clip["pixel_values_videos"])
+    for wrong, told in ((array / 255, "float64 array"), ("cat.jpg", "not a str"), (torch.zeros(3, 8, 8), "not a Tensor")):
+        with pytest.raises(TypeError, match=told):
+            golden_processor.image_processor(wrong)
+    with pytest.raises(TypeError, match="not a str"):
+        golden_processor.video_processor("clip.mp4")
+    with pytest.raises(ValueError, match="without frames"):
+        golden_processor.video_processor([[]])
+
+
 def test_text_and_pictures_make_inputs_of_any_batch(golden_processor):
     picture, wide = Image.new("RGB", (64, 64)), Image.new("RGB", (96, 64))
     made = golden_processor(
