@@ -40,7 +40,13 @@ def main() -> None:
     records = list(read_records(resolve("data/photos/photos.json")))
     records = [records[i % len(records)] for i in range(options.samples)]
     samples = [
-        encode(record, processor, image_folder=resolve("data/photos"), min_pixels=32 * 32, max_pixels=(48 + 16 * i % 97) ** 2)
+        encode(
+            record,
+            processor,
+            image_folder=resolve("data/photos"),
+            min_pixels=32 * 32,
+            max_pixels=(48 + 16 * i % 97) ** 2,
+        )
         for i, record in enumerate(records)
     ]
     model.train()
@@ -58,7 +64,9 @@ def main() -> None:
             gradients(model, batches, supervised)
             seconds[name].append(time.perf_counter() - began)
 
-    print(f"{len(samples)} samples, {torch.get_num_threads()} thread(s), largest relative difference of a gradient {worst:.1e}")
+    print(
+        f"{len(samples)} samples, {torch.get_num_threads()} thread(s), largest relative difference of a gradient {worst:.1e}"
+    )
     for name, batches in plans.items():
         padded = sum(batch["input_ids"].numel() for batch in batches)
         real = sum(int(batch["attention_mask"].sum()) for batch in batches)

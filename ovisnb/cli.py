@@ -131,11 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="run a notebook, headless", allow_abbrev=False)
     command.add_argument("notebook", help="the .ipynb file")
     command.add_argument(
-        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
         help="a parameter of the notebook; may be given several times",
     )
     command.add_argument(
-        "--output", type=Path, metavar="FILE",
+        "--output",
+        type=Path,
+        metavar="FILE",
         help="the executed notebook (default: in a new folder in outputs/); its page is beside it as .html",
     )
     command.set_defaults(call=run)
@@ -164,7 +171,9 @@ def _as_json(answer: Any) -> dict[str, Any]:
         "response": answer.text,
         "parsed": {"think_content": answer.thinking, "answer_content": answer.answer},
         "boxes": [{"label": box.label, "box": list(box), "pixels": list(box.pixels)} for box in answer.boxes],
-        "points": [{"label": point.label, "point": list(point), "pixels": list(point.pixels)} for point in answer.points],
+        "points": [
+            {"label": point.label, "point": list(point), "pixels": list(point.pixels)} for point in answer.points
+        ],
         "image_size": list(answer.image_size),
         "problems": answer.problems,
         "usage": answer.usage,

@@ -1,7 +1,7 @@
 """Run a notebook from start to end, headless, with parameters that are checked before anything runs.
 
-    ovisnb run notebooks/03_sft.ipynb -p max_steps 20
-    ovisnb demo
+ovisnb run notebooks/03_sft.ipynb -p max_steps 20
+ovisnb demo
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def declared(source: str) -> dict[str, Parameter]:
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
-        raise ParameterError(f"the parameters cell is not valid Python (its line {error.lineno}: {error.msg})") from None
+        raise ParameterError(
+            f"the parameters cell is not valid Python (its line {error.lineno}: {error.msg})"
+        ) from None
     found = {}
     for statement in statements:
         match statement:
@@ -181,7 +183,8 @@ def _only_assigns(cell: str) -> bool:
     statements = _statements(cell)
     plain = [s for s in statements if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
     return bool(plain) and all(
-        isinstance(s, ast.AnnAssign) or (isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)) for s in plain
+        isinstance(s, ast.AnnAssign) or (isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name))
+        for s in plain
     )
 
 

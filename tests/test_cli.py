@@ -49,7 +49,14 @@ def test_the_installed_command_answers():
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["trian"], ["infer", "--question", "?"], ["infer", "--request_type", "circle"], ["run"], ["run", "a.ipynb", "-p", "x"]],
+    [
+        [],
+        ["trian"],
+        ["infer", "--question", "?"],
+        ["infer", "--request_type", "circle"],
+        ["run"],
+        ["run", "a.ipynb", "-p", "x"],
+    ],
 )
 def test_a_mistake_in_the_command_line_is_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as end:
@@ -64,7 +71,9 @@ def test_train_hands_its_words_to_settings_and_prints_the_run_folder(monkeypatch
     config = tmp_path / "sft.json"
     config.write_text(json.dumps({"learning_rate": 0.5, "max_steps": 3}), encoding="utf-8")
     seen = []
-    monkeypatch.setattr(ovisnb.train, "run_sft", lambda settings: seen.append(settings) or tmp_path / "run", raising=False)
+    monkeypatch.setattr(
+        ovisnb.train, "run_sft", lambda settings: seen.append(settings) or tmp_path / "run", raising=False
+    )
     assert cli.main(["train", str(config), "--max_steps", "4", "--bf16"]) == 0
     (settings,) = seen
     assert (settings.learning_rate, settings.max_steps, settings.bf16) == (0.5, 4, True)
@@ -186,7 +195,11 @@ def test_demo_runs_its_notebooks_in_order_and_stops_at_the_first_failure(tmp_pat
     assert not stale.exists()
     wanted = ["01_data", "02_masks", "03_sft"]
     assert seen == [
-        (tmp_path / "notebooks" / f"{name}.ipynb", tmp_path / "outputs" / "demo" / f"{name}.ipynb", notebooks.DEMO[name])
+        (
+            tmp_path / "notebooks" / f"{name}.ipynb",
+            tmp_path / "outputs" / "demo" / f"{name}.ipynb",
+            notebooks.DEMO[name],
+        )
         for name in wanted
     ]
     assert list(notebooks.DEMO) == [*wanted, "06_grounding"]

@@ -56,7 +56,9 @@ def test_words_are_read_as_the_notebook_declares_them(tmp_path):
 def test_a_failing_cell_is_named_and_what_ran_before_is_kept(tmp_path):
     output = tmp_path / "out.ipynb"
     with pytest.raises(NotebookError) as raised:
-        run_notebook(write(tmp_path, "print('before')", "raise KeyError('gone\\nfor good')", "print('after')"), output, {})
+        run_notebook(
+            write(tmp_path, "print('before')", "raise KeyError('gone\\nfor good')", "print('after')"), output, {}
+        )
     message = str(raised.value)
     assert message.startswith("small.ipynb failed at In [3] with KeyError: ") and "\n" not in message
     executed = nbformat.read(output, as_version=4)

@@ -10,7 +10,7 @@ import pytest
 
 from ovisnb.parameters import ParameterError, check_parameters, check_values, declared, parse_value
 
-CELL = '''\
+CELL = """\
 # what to do
 steps: int = 20  # optimizer steps
 rate: float = 1e-3
@@ -23,7 +23,7 @@ free = None
 plain = 3
 table: dict[str, float] = {}
 late: str = None
-'''
+"""
 
 
 def test_declared_reads_names_types_and_defaults():
@@ -71,7 +71,9 @@ def test_an_unknown_name_is_refused_with_the_nearest_one():
     with pytest.raises(ParameterError) as raised:
         check_values(declared(CELL), {"step": 1})
     message = str(raised.value)
-    assert message.startswith("the notebook has no parameter 'step' (did you mean 'steps'?); its parameters are: steps, rate")
+    assert message.startswith(
+        "the notebook has no parameter 'step' (did you mean 'steps'?); its parameters are: steps, rate"
+    )
     assert "\n" not in message
 
 
@@ -94,7 +96,9 @@ def test_a_word_of_the_command_line_becomes_a_value_of_the_declared_type(name, t
     assert parsed == value and type(parsed) is type(value)
 
 
-@pytest.mark.parametrize(("name", "text"), [("steps", "ten"), ("steps", "1.5"), ("bold", "1"), ("sizes", "4"), ("kind", "b")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("steps", "ten"), ("steps", "1.5"), ("bold", "1"), ("sizes", "4"), ("kind", "b")]
+)
 def test_a_word_that_fits_no_type_is_refused(name, text):
     with pytest.raises(ParameterError, match=f"parameter '{name}' cannot be"):
         parse_value(declared(CELL)[name], text)
@@ -123,7 +127,9 @@ def test_papermill_with_good_parameters_passes_twice(tmp_path):
     first = papermill.execute_notebook(notebook(tmp_path), tmp_path / "out.ipynb", values, progress_bar=False)
     assert first.cells[-1].outputs[0].text == f"3 inf {[values['name']]}\n"
     # the executed notebook holds an injected cell already; running it again replaces that cell
-    again = papermill.execute_notebook(tmp_path / "out.ipynb", tmp_path / "again.ipynb", {"steps": 4}, progress_bar=False)
+    again = papermill.execute_notebook(
+        tmp_path / "out.ipynb", tmp_path / "again.ipynb", {"steps": 4}, progress_bar=False
+    )
     assert again.cells[-1].outputs[0].text.startswith("4 0.001 ")
 
 

@@ -94,7 +94,9 @@ def test_every_file_that_is_not_python_is_in_the_package():
     """A wheel carries the .js and .json files beside the modules that read them."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     carried = {pattern.removeprefix("*") for pattern in config["package-data"]["*"]}
-    present = {path.suffix for path in (ROOT / "ovisnb").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    present = {
+        path.suffix for path in (ROOT / "ovisnb").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
     assert present <= carried | {".py"}
     packages = {path.parent for path in (ROOT / "ovisnb").rglob("*.py")}
     assert all((package / "__init__.py").is_file() for package in packages)

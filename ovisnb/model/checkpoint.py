@@ -20,7 +20,6 @@ from .modeling import Ovis2_5ForConditionalGeneration
 from .processing import VISUAL_TOKENS, Ovis2_5Processor
 from .released import RELEASED_TO_NATIVE, native_config, write_released
 
-
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja")
 
 
@@ -185,8 +184,12 @@ def read_config(path_or_id) -> tuple[dict, Ovis2_5Config]:
     if os.path.isfile(path_or_id):
         raise CheckpointError(f"{path_or_id} is a file; give the checkpoint's folder.")
     if not (file := find_file(path_or_id, "config.json")):
-        kind = "has no config.json" if os.path.isdir(path_or_id) else "is neither a folder nor a hub id that can be read"
-        raise CheckpointError(f"{path_or_id} {kind}; give a folder that ovisnb.save wrote, a released one, or a hub id.")
+        kind = (
+            "has no config.json" if os.path.isdir(path_or_id) else "is neither a folder nor a hub id that can be read"
+        )
+        raise CheckpointError(
+            f"{path_or_id} {kind}; give a folder that ovisnb.save wrote, a released one, or a hub id."
+        )
     raw = read_json(path_or_id, "config.json")
     if "llm_config" in raw and raw.get("model_type") in ("ovis2_5", "ovis"):
         return raw, native_config(raw)
@@ -266,5 +269,3 @@ def generation_defaults(saved: dict, tokenizer) -> GenerationConfig:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
-
-

@@ -180,9 +180,13 @@ def as_picture(image) -> Image.Image:
 
 def clips_of(videos):
     """The clips, lists of PIL frames, in one clip, a list of clips, or one list of clips a text."""
-    if isinstance(videos, np.ndarray) and videos.ndim == 4:
-        yield [as_picture(frame) for frame in videos]
-    elif isinstance(videos, (list, tuple)) and videos and not _holds_clips(videos):
+    if (
+        isinstance(videos, np.ndarray)
+        and videos.ndim == 4
+        or isinstance(videos, (list, tuple))
+        and videos
+        and not _holds_clips(videos)
+    ):
         yield [as_picture(frame) for frame in videos]
     elif isinstance(videos, (list, tuple, np.ndarray)):
         for item in videos:

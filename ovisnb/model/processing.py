@@ -188,4 +188,3 @@ class Ovis2_5Processor(ProcessorMixin):
             return_tensors=return_tensors,
             **kwargs,
         )
-

@@ -57,7 +57,9 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
     try:
         arguments = TrainingArguments(**values)
     except ValueError as error:  # such as the name of no optimizer
-        raise SettingsError(f"These settings do not suit transformers' Trainer: {' '.join(str(error).split())}.") from None
+        raise SettingsError(
+            f"These settings do not suit transformers' Trainer: {' '.join(str(error).split())}."
+        ) from None
     if arguments.n_gpu > 1:
         # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
         print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")

@@ -110,7 +110,9 @@ def test_thinking_is_closed_and_followed_by_an_answer(record):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_picture_has_a_licence_and_no_metadata(name):
-    rows = [row.split("|") for row in (PHOTOS / "README.md").read_text(encoding="utf-8").splitlines() if row[:3] == "| `"]
+    rows = [
+        row.split("|") for row in (PHOTOS / "README.md").read_text(encoding="utf-8").splitlines() if row[:3] == "| `"
+    ]
     [row] = [row for row in rows if fnmatch(name, row[1].strip().strip("`"))]
     assert row[4].strip() in ("CC0", "public domain") and row[3].strip() and row[5].strip()
     with Image.open(PHOTOS / name) as image:

@@ -233,7 +233,8 @@ def check_map(question, answer, objects):
 
     def most(word, row, column):
         return max(
-            max(0, min(x2, 16 * column + 16) - max(x1, 16 * column)) * max(0, min(y2, 16 * row + 16) - max(y1, 16 * row))
+            max(0, min(x2, 16 * column + 16) - max(x1, 16 * column))
+            * max(0, min(y2, 16 * row + 16) - max(y1, 16 * row))
             for x1, y1, x2, y2 in boxes[word]
         )
 

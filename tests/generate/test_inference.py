@@ -270,7 +270,13 @@ def test_sampling_arguments(ovis, photo, spied):
         given(do_sample=False, temperature=0.7)
     with pytest.raises(ValueError, match="greedy"):
         given(do_sample=True, temperature=0)
-    for name, value in (("temperature", -0.5), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("repetition_penalty", 0)):
+    for name, value in (
+        ("temperature", -0.5),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("repetition_penalty", 0),
+    ):
         with pytest.raises(ValueError, match=f"^{name} is {value}: it must be "):
             given(**{name: value})
 

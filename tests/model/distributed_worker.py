@@ -21,7 +21,8 @@ from ovisnb.chat import collate, encode
 from ovisnb.model import load
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "ovis2_5"
-STEPS = (("pictures", "text"), ("text", "pictures"), ("text", "text"))  # what each rank sees
+# What each rank sees. A rank with pictures and a video must not run the vision tower once more than the other.
+STEPS = (("pictures", "text"), ("text", "pictures"), ("text", "text"), ("both", "text"))
 LEARNING_RATE = 0.01
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 2,
@@ -45,12 +46,19 @@ def samples(processor) -> list[list]:
             ],
         ]
         images = [[red], [blue, red]]
+        video = [red, red] if kind == "both" else None
+        if video:
+            turns[0][0] = {"from": "human", "value": "<video>What changes?"}
+            images[0] = []
         records = []
         for conversation, pictures in zip(turns, images, strict=True):
             if kind == "text":
                 conversation = [{**turn, "value": turn["value"].replace("<image>", "")} for turn in conversation]
                 pictures = []
-            records.append({"id": f"{kind}{number}", "image": pictures, "conversations": conversation})
+            record = {"id": f"{kind}{number}", "image": pictures, "conversations": conversation}
+            if video and not pictures:
+                record["video"] = video
+            records.append(record)
         return [encode(record, processor, min_pixels=32 * 32, max_pixels=128 * 128) for record in records]
 
     return [[encoded(kind, 2 * step + rank) for rank, kind in enumerate(kinds)] for step, kinds in enumerate(STEPS)]

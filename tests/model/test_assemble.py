@@ -59,7 +59,9 @@ def gpt2(tmp_path_factory):
     backend.model.save(str(folder))
     GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+    config = GPT2Config(
+        vocab_size=257, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -150,9 +152,7 @@ def test_two_frames_a_patch_see_a_still_as_one_frame_did(qwen, siglip):
     picture = RECORDS[0]["image"]
     with torch.no_grad():
         still, clip = (
-            m.model.vision_tower.transformer.embeddings(
-                made["pixel_values"], made["image_grid_thw"].tolist()
-            )
+            m.model.vision_tower.transformer.embeddings(made["pixel_values"], made["image_grid_thw"].tolist())
             for m, made in (
                 (one, one_processor.image_processor([picture], return_tensors="pt")),
                 (two, two_processor.image_processor([picture], return_tensors="pt")),

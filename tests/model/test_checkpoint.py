@@ -86,6 +86,7 @@ def test_released_round_trip_keeps_tokenizer_and_preprocessor(golden, tmp_path):
     save(model, processor, again, layout="released")
     for name in ("vocab.json", "added_tokens.json"):
         assert json.loads((again / name).read_text()) == json.loads((source / name).read_text())
+
     def merges(folder):
         return [line for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")]
 
@@ -274,7 +275,10 @@ def test_a_missing_folder_a_file_and_a_hub_id_without_a_hub(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"attn_implementation": "flash_attention_2"}, r"flash_attention_2' needs a package that is not here .*ovisnb\[gpu\]"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            r"flash_attention_2' needs a package that is not here .*ovisnb\[gpu\]",
+        ),
         ({"attn_implementation": "flashy"}, "'flashy' is not known; use 'sdpa'"),
         ({"dtype": "float33"}, "'float33' is not a floating point dtype"),
         ({"dtype": torch.int8}, "torch.int8 is not a floating point dtype"),
@@ -312,10 +316,19 @@ def test_python_named_by_a_checkpoint_never_runs(golden_pair, tmp_path, layout, 
     folder, marker = tmp_path / "checkpoint", tmp_path / "marker"
     save(*golden_pair, folder, layout=layout)
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil:\n    pass\n")
-    classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
+    classes = (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoTokenizer",
+        "AutoProcessor",
+        "AutoImageProcessor",
+    )
     for name in ("config", "tokenizer_config", "processor_config", "preprocessor_config", "generation_config"):
         if (folder / f"{name}.json").exists():
-            auto_map = {kind: "evil.Evil" if kind != "AutoTokenizer" else ["evil.Evil", "evil.Evil"] for kind in classes}
+            auto_map = {
+                kind: "evil.Evil" if kind != "AutoTokenizer" else ["evil.Evil", "evil.Evil"] for kind in classes
+            }
             edit(folder / f"{name}.json", auto_map=auto_map)
     if layout == "native":
         content = json.loads((folder / "processor_config.json").read_text())

@@ -29,6 +29,7 @@ def inputs(golden, golden_cases, golden_numbers, golden_processor):
         batch = {"input_ids": torch.tensor([[visual.get(i, i) for i in ids.tolist()]])}
         if key is None:
             batch["labels"] = torch.tensor(arrays[f"encode/{name}/labels"])[None]
+
         def open_all(names):
             return [Image.open(golden / "images" / f"{n}.png") for n in names]
 
@@ -44,6 +45,7 @@ def inputs(golden, golden_cases, golden_numbers, golden_processor):
 def stack(samples, pad, side="right"):
     """One padded batch of several samples' inputs."""
     longest = max(s["input_ids"].shape[1] for s in samples)
+
     def padded(row, value):
         fill = torch.full((1, longest - row.shape[1]), value)
         return torch.cat([row, fill] if side == "right" else [fill, row], dim=1)

@@ -87,11 +87,25 @@ def test_arrays_are_pictures_too(golden_processor, golden):
         made = golden_processor(text="<image> x", images=images, max_pixels=25600, min_pixels=1024, return_tensors="pt")
         assert torch.equal(made["pixel_values"], wanted["pixel_values"])
     clip = golden_processor.video_processor([[picture, picture]], max_pixels=25600, min_pixels=1024)
-    for videos in (np.stack([array, array]), [np.stack([array, array])], [[array, array]], [array, array], [[[array] * 2]]):
+    for videos in (
+        np.stack([array, array]),
+        [np.stack([array, array])],
+        [[array, array]],
+        [array, array],
+        [[[array] * 2]],
+    ):
         made = golden_processor.video_processor(videos, max_pixels=25600, min_pixels=1024)
-        assert made["video_grid_thw"].tolist() == clip["video_grid_thw"].tolist() == [[2, *wanted["image_grid_thw"][0, 1:]]]
+        assert (
+            made["video_grid_thw"].tolist()
+            == clip["video_grid_thw"].tolist()
+            == [[2, *wanted["image_grid_thw"][0, 1:]]]
+        )
         np.testing.assert_array_equal(made["pixel_values_videos"], clip["pixel_values_videos"])
-    for wrong, told in ((array / 255, "float64 array"), ("cat.jpg", "not a str"), (torch.zeros(3, 8, 8), "not a Tensor")):
+    for wrong, told in (
+        (array / 255, "float64 array"),
+        ("cat.jpg", "not a str"),
+        (torch.zeros(3, 8, 8), "not a Tensor"),
+    ):
         with pytest.raises(TypeError, match=told):
             golden_processor.image_processor(wrong)
     with pytest.raises(TypeError, match="not a str"):
