@@ -49,7 +49,8 @@ def train_together(kind: str, folder: Path, limit: float) -> list[tuple[dict, di
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = f"nothing after {limit} seconds: it hangs"
-            if locks := list(Path(get_default_build_root()).glob("*/*/lock")):  # a killed compiler leaves its lock
+            built = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+            if locks := list(Path(built).rglob("lock")):  # a killed compiler leaves its lock
                 status += f"; perhaps for {locks[0]} of an earlier run, which may then be removed"
         finally:
             if process.poll() is None:
