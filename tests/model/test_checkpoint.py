@@ -4,10 +4,13 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
 from ovisnb.model import CheckpointError, Ovis2_5Config, load, load_processor, released, save
@@ -98,6 +101,20 @@ def test_released_round_trip_keeps_tokenizer_and_preprocessor(golden, tmp_path):
     contains(new, old)
     old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (source, again))
     assert new["added_tokens"] == old["added_tokens"] and new["model"]["vocab"] == old["model"]["vocab"]
+
+
+def test_a_server_makes_the_same_patches(golden_pair, golden, tmp_path):
+    """The remote code and vLLM resize and normalise with the folder's SigLIP processor, then cut patches as here."""
+    model, processor = golden_pair
+    save(model, processor, tmp_path / "released", layout="released")
+    theirs = AutoImageProcessor.from_pretrained(tmp_path / "released", backend="pil")
+    assert type(theirs).__name__.startswith("SiglipImageProcessor")
+    picture = Image.open(golden / "images" / "photo.png").convert("RGB")
+    made = processor.image_processor([picture], min_pixels=4096, max_pixels=16384)
+    _, rows, columns = made["image_grid_thw"][0].tolist()
+    pixels = np.asarray(theirs.preprocess(picture, size={"height": 16 * rows, "width": 16 * columns})["pixel_values"])
+    blocks = pixels.reshape(1, 1, 3, rows // 2, 2, 16, columns // 2, 2, 16).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    np.testing.assert_allclose(blocks.reshape(rows * columns, -1), made["pixel_values"], rtol=0, atol=1e-6)
 
 
 def test_native_round_trip_is_bit_equal(golden_pair, tmp_path):
