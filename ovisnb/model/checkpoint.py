@@ -20,7 +20,22 @@ from .modeling import Ovis2_5ForConditionalGeneration
 from .processing import VISUAL_TOKENS, Ovis2_5Processor
 from .released import RELEASED_TO_NATIVE, native_config, write_released
 
-CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja")
+# What a checkpoint is made of, in either layout and by any transformers; everything else in a folder is its owner's.
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "*processor_config.json",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "*.index.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+)
 
 
 class CheckpointError(ValueError):
@@ -157,11 +172,13 @@ def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, pa
     if layout not in ("native", "released"):
         raise ValueError(f"layout {layout!r} is not 'native' or 'released'.")
     path = Path(path)
-    if path.exists() and not (path / "config.json").exists() and any(path.iterdir()):
-        raise ValueError(f"{path} holds files but no checkpoint; choose an empty or a new folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        whole = Path(scratch) / "new"
+    if path.is_file() or (path.is_dir() and not (path / "config.json").exists() and any(path.iterdir())):
+        kind = "is a file" if path.is_file() else "holds files but no checkpoint"
+        raise ValueError(f"{path} {kind}; choose an empty or a new folder.")
+    target = path.resolve()  # through a link, the folder behind it
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        whole, old = Path(scratch) / "new", Path(scratch) / "old"
         if layout == "released":
             write_released(model, processor, whole)
         else:
@@ -169,13 +186,17 @@ def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, pa
             processor.save_pretrained(whole)
         for file in whole.iterdir():
             file.chmod(0o644)  # some of the writers make files that only their owner can read
-        old = Path(scratch) / "old"
-        if path.exists():
-            os.replace(path, old)
-        os.replace(whole, path)
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(whole, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
         for file in old.glob("*"):
-            if file.suffix not in CHECKPOINT_SUFFIXES and file.name != "merges.txt":
-                os.replace(file, path / file.name)
+            if not any(file.match(pattern) for pattern in CHECKPOINT_FILES):
+                os.replace(file, target / file.name)
     return path
 
 

@@ -205,3 +205,9 @@ def test_what_cannot_be_assembled_is_told(golden, qwen, siglip, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"lacks 16 tensors .*layers\.2"):
         assemble(qwen, tmp_path / "other")
+
+
+def test_the_released_layout_is_for_qwen3_only(gpt2, siglip, tmp_path):
+    with pytest.raises(ValueError, match="gpt2"):
+        save(*assemble(gpt2, siglip, visual_vocab_size=64), tmp_path / "made", layout="released")
+    assert not list(tmp_path.iterdir())

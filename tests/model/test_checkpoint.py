@@ -1,6 +1,7 @@
 """Opening and saving: both layouts, bit-equal round trips, one sentence for what is no checkpoint, no foreign code."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -207,6 +208,7 @@ def test_saving_replaces_a_checkpoint_whole_and_keeps_other_files(golden_pair, t
     model, processor = golden_pair
     target = save(model, processor, tmp_path / "model", layout="released")
     (target / "README.md").write_text("mine")
+    (target / "settings.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in target.iterdir()}
 
     def fails(*args, **kwargs):
@@ -219,15 +221,41 @@ def test_saving_replaces_a_checkpoint_whole_and_keeps_other_files(golden_pair, t
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing half-written is left
 
     save(model, processor, target)
-    assert (target / "README.md").read_text() == "mine"
+    assert (target / "README.md").read_text() == "mine" and (target / "settings.json").read_text() == "{}"
     assert not (target / "vocab.json").exists()  # the released layout's
     assert "text_config" in json.loads((target / "config.json").read_text())
+
+
+def test_the_old_checkpoint_comes_back_where_the_new_one_cannot_take_its_place(golden_pair, tmp_path, monkeypatch):
+    target = save(*golden_pair, tmp_path / "model", layout="released")
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    replace = os.replace
+
+    def fails_once(source, destination):
+        if os.path.basename(source) == "new":
+            raise OSError("device is busy")
+        replace(source, destination)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="device is busy"):
+        patch.setattr(os, "replace", fails_once)
+        save(*golden_pair, target)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_through_a_link_fills_the_folder_behind_it(golden_pair, tmp_path):
+    real = save(*golden_pair, tmp_path / "real", layout="released")
+    (tmp_path / "link").symlink_to(real)
+    save(*golden_pair, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (real / "processor_config.json").exists()
 
 
 def test_saving_does_not_bury_a_folder_of_something_else(golden_pair, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds files but no checkpoint"):
         save(*golden_pair, tmp_path)
+    with pytest.raises(ValueError, match="thesis.txt is a file"):
+        save(*golden_pair, tmp_path / "thesis.txt")
     with pytest.raises(ValueError, match="'native' or 'released'"):
         save(*golden_pair, tmp_path / "x", layout="gguf")
 
