@@ -19,6 +19,7 @@ MODEL = str(TINY if (TINY / "config.json").is_file() else GOLDEN)
 
 # Small enough for a test; everything else as the notebook has it.
 SMALL = {
+    "00_tiny": {"map_steps": 2, "locate_steps": 2, "bind_steps": 2, "settle_steps": 2, "batch_size": 2, "heldout": 12},
     "01_data": {"max_records": 6, "cards": 2, "scenes": 2, "scene_size": 128},
     "02_masks": {},
     "03_sft": {
@@ -79,8 +80,9 @@ def test_a_notebook_is_thin_and_at_home_anywhere(notebook):
 
 
 def test_an_unknown_or_misspelt_parameter_fails_before_anything_runs(notebook, tmp_path):
-    with pytest.raises(ParameterError, match="no parameter 'modle' .did you mean 'model'"):
-        run_notebook(notebook, tmp_path / "out.ipynb", {"modle": "x"})
+    name = next(iter(parameters_of(notebook)))
+    with pytest.raises(ParameterError, match=f"no parameter '{name}s' .did you mean '{name}'"):
+        run_notebook(notebook, tmp_path / "out.ipynb", {f"{name}s": "x"})
     assert not list(tmp_path.iterdir())
 
 
@@ -92,14 +94,15 @@ def test_papermill_alone_fails_on_an_unknown_parameter_too(tmp_path):
 
 
 def test_a_notebook_runs_from_start_to_end_and_shows_its_pictures(notebook, tmp_path):
-    parameters = {"model": MODEL, **SMALL[notebook.stem]}
-    if "output_dir" in parameters_of(notebook):
-        parameters["output_dir"] = str(tmp_path / "run")
+    folders = {"model": MODEL, "output_dir": str(tmp_path / "run"), "save_to": str(tmp_path / "saved")}
+    known = parameters_of(notebook)
+    parameters = {name: value for name, value in folders.items() if name in known} | SMALL[notebook.stem]
     page = run_notebook(notebook, tmp_path / "out.ipynb", parameters)
     shown = [output for cell in code(tmp_path / "out.ipynb") for output in cell.outputs]
     assert not [output for output in shown if output.output_type == "error" or output.get("name") == "stderr"]
     html = page.read_text(encoding="utf-8")
     expected = {
+        "00_tiny": ["1.73 million parameters", "step 2/2", "image/png", "objects in the scene"],
         "01_data": ["longest record in tokens", "image/jpeg", "image/png", "&lt;tool_call&gt;Crop"],
         "02_masks": ["of them train", "empty_think", "tool_response", "patches", "label none"],
         "03_sft": ["step 2/2", "image/png", "image/jpeg"],
@@ -108,8 +111,11 @@ def test_a_notebook_runs_from_start_to_end_and_shows_its_pictures(notebook, tmp_
     for text in expected[notebook.stem]:
         assert text in html
     if "output_dir" in parameters:
-        assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
-        assert (tmp_path / "run" / "metrics.jsonl").is_file()
+        run = tmp_path / "run" / ("4_settle" if "save_to" in parameters else "")
+        assert (run / "final" / "model.safetensors").is_file()
+        assert (run / "metrics.jsonl").is_file()
+    if "save_to" in parameters:
+        assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
 def test_a_user_whose_data_has_no_boxes_gets_through_the_training_notebook(tmp_path):
