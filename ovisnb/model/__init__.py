@@ -1,5 +1,8 @@
 """Ovis2.5 as a native transformers model: configuration, vision tower, modeling, processor, checkpoints, assemble."""
 
+import os
+
+import torch
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -36,6 +39,10 @@ __all__ = [
     "save",
     "smart_resize",
 ]
+
+if not torch.cuda.is_available():
+    # accelerate imports deepspeed, which otherwise prints that it looked for a GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # exist_ok: a later transformers may bring its own ovis2_5.
 AutoConfig.register("ovis2_5_vision", Ovis2_5VisionConfig, exist_ok=True)

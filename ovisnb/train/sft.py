@@ -70,9 +70,6 @@ def run_sft(
         raise SettingsError("model and processor come together: pass both or neither.")
     if (model is None) == (settings.model_path is None):
         raise SettingsError("Give the model to start from, either as model_path or as model and processor.")
-    if not torch.cuda.is_available():
-        # accelerate imports deepspeed, which otherwise prints that it looked for a GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if settings.dataloader_num_workers:
         # workers are forked, and tokenizers' threads do not survive that
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
