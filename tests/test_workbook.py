@@ -19,7 +19,15 @@ MODEL = str(TINY if (TINY / "config.json").is_file() else GOLDEN)
 
 # Small enough for a test; everything else as the notebook has it.
 SMALL = {
-    "00_tiny": {"map_steps": 2, "locate_steps": 2, "bind_steps": 2, "settle_steps": 2, "batch_size": 2, "heldout": 12},
+    "00_tiny": {
+        "map_steps": 2,
+        "locate_steps": 2,
+        "bind_steps": 2,
+        "settle_steps": 2,
+        "sharpen_steps": 2,
+        "batch_size": 2,
+        "heldout": 12,
+    },
     "01_data": {"max_records": 6, "cards": 2, "scenes": 2, "scene_size": 128},
     "02_masks": {},
     "03_sft": {
@@ -111,7 +119,7 @@ def test_a_notebook_runs_from_start_to_end_and_shows_its_pictures(notebook, tmp_
     for text in expected[notebook.stem]:
         assert text in html
     if "output_dir" in parameters:
-        run = tmp_path / "run" / ("4_settle" if "save_to" in parameters else "")
+        run = tmp_path / "run" / ("5_sharpen" if "save_to" in parameters else "")
         assert (run / "final" / "model.safetensors").is_file()
         assert (run / "metrics.jsonl").is_file()
     if "save_to" in parameters:
