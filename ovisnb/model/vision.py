@@ -37,6 +37,8 @@ class Segments:
         for length in sorted(set(lengths)):
             rows = starts[sizes == length][:, None] + torch.arange(length)
             self.blocks.append(rows.to(device))
+        # from the blocks' order back to the segments', once for all layers
+        self.unblock = torch.argsort(torch.cat([rows.flatten() for rows in self.blocks]))
 
 
 def frame_segments(grids: list[list[int]], device) -> Segments:
@@ -169,8 +171,7 @@ class Ovis2_5VisionAttention(nn.Module):
             shape = (len(segments.lengths), longest, self.heads, -1)
             return self.dense(q.view(shape), k.view(shape), v.view(shape), kind, dropout).reshape(q.shape)
         pieces = [self.dense(q[rows], k[rows], v[rows], kind, dropout).flatten(0, 1) for rows in segments.blocks]
-        back = torch.argsort(torch.cat([rows.flatten() for rows in segments.blocks]))
-        return torch.cat(pieces)[back]
+        return torch.cat(pieces)[segments.unblock]
 
     def dense(self, q, k, v, kind: str, dropout: float) -> torch.Tensor:
         """Attention of [segments, length, heads, head_dim], every segment of one length."""
