@@ -1,29 +1,37 @@
 """Coordinates: the one place that says what a box and a point mean.
 
-Two conventions, and every number is in one of them:
+    convert((64, 96, 192, 192), "pixels", "normalised", (640, 480))    # Box(0.1, 0.2, 0.3, 0.4)
+
+Three conventions, and every number is in one of them (a record says which its text holds):
 
 - **pixels**: of the original picture as it is seen (after EXIF orientation, before any resizing),
   origin at the top left, x to the right, y down. Crops, tool calls and `Media.box` use pixels.
 - **normalised**: pixels divided by width or height, in [0, 1), written with three decimals.
   Questions, answers and the Ovis2.5 grounding tags use normalised coordinates.
+- **thousand**: normalised times 1000, 0 to 1000, written as whole numbers, as other models do.
+
+Nothing converts by itself and nothing guesses a convention from the size of a number. Resizing a
+picture is `scaled`; a crop's own pixels are reached with `into_crop` and left with `out_of_crop`.
 
 A box is (x1, y1, x2, y2) with x1 < x2 and y1 < y2; (x2, y2) is the far edge, so a box over a whole
 picture of w x h pixels is (0, 0, w, h). A size is (width, height), Pillow's order. Functions take
-any sequence of four numbers and give back a `Box`. Reading coordinates out of a model's text is
-`ovisnb.generate.answer`'s work.
+any sequence of four numbers and give back a `Box`. Reading coordinates out of text is
+`ovisnb.data.markup`'s work.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+Convention = Literal["pixels", "normalised", "thousand"]
+CONVENTIONS: tuple[str, ...] = get_args(Convention)
 LARGEST = 0.999  # the largest number that [0, 1) holds with three decimals
 
 
 class Box(NamedTuple):
-    """x1, y1, x2, y2: left, top, right, bottom; pixels or normalised."""
+    """x1, y1, x2, y2: left, top, right, bottom; in any one convention."""
 
     x1: float
     y1: float
@@ -43,18 +51,68 @@ def checked(box: Sequence[float]) -> Box:
     return Box(x1, y1, x2, y2)
 
 
-def normalise(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """Pixels -> normalised, for a picture of `size` (width, height) pixels. Nothing is clipped."""
-    width, height = _checked_size(size)
+def convert(box: Sequence[float], of: Convention, to: Convention, size: tuple[int, int] | None = None) -> Box:
+    """`box` from one convention to another. Nothing is rounded or clipped.
+
+    `size` is the whole picture's (width, height) in pixels; only the way from or to pixels needs it.
+    ValueError for a convention that does not exist and for a size that is needed and missing.
+    """
     x1, y1, x2, y2 = box
-    return Box(x1 / width, y1 / height, x2 / width, y2 / height)
+    return Box(*convert_point((x1, y1), of, to, size), *convert_point((x2, y2), of, to, size))
 
 
-def to_pixels(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """Normalised -> pixels (floats), for a picture of `size` (width, height) pixels."""
-    width, height = _checked_size(size)
+def convert_point(
+    point: Sequence[float], of: Convention, to: Convention, size: tuple[int, int] | None = None
+) -> tuple[float, float]:
+    """(x, y) from one convention to another, as `convert` does for a box."""
+    x, y = point
+    if checked_convention(of) == checked_convention(to):
+        return x, y
+    (width, height), (new_width, new_height) = extent(of, size), extent(to, size)
+    return x / width * new_width, y / height * new_height
+
+
+def checked_convention(name: str) -> Convention:
+    """`name` if it is a convention; ValueError otherwise."""
+    if name not in CONVENTIONS:
+        raise ValueError(f"coordinates are {', '.join(CONVENTIONS[:-1])} or {CONVENTIONS[-1]}, not {name!r}")
+    return name
+
+
+def extent(convention: Convention, size: tuple[int, int] | None = None) -> tuple[float, float]:
+    """The width and height of a whole picture in a convention's own unit; ValueError for pixels without `size`."""
+    if convention == "normalised":
+        return 1, 1
+    if convention == "thousand":
+        return 1000, 1000
+    if size is None:
+        raise ValueError("pixels need the picture's size (width, height) to be converted")
+    return _checked_size(size)
+
+
+def scaled(box: Sequence[float], from_size: tuple[float, float], to_size: tuple[float, float]) -> Box:
+    """A pixel box of a picture of `from_size` on the same picture resized to `to_size` (width, height)."""
+    (width, height), (new_width, new_height) = _checked_size(from_size), _checked_size(to_size)
     x1, y1, x2, y2 = box
-    return Box(x1 * width, y1 * height, x2 * width, y2 * height)
+    return Box(x1 / width * new_width, y1 / height * new_height, x2 / width * new_width, y2 / height * new_height)
+
+
+def into_crop(box: Sequence[float], crop: Sequence[float]) -> Box:
+    """Pixels of the picture -> pixels of the picture cut out of it with the pixel box `crop`.
+
+    A crop is grown to whole pixels (`crop_bounds`), so its corner is `crop`'s rounded down, and never
+    outside the picture. What lies outside the crop keeps its place: `clip` cuts it off.
+    """
+    left, top = _corner(crop)
+    x1, y1, x2, y2 = box
+    return Box(x1 - left, y1 - top, x2 - left, y2 - top)
+
+
+def out_of_crop(box: Sequence[float], crop: Sequence[float]) -> Box:
+    """Pixels of the crop -> pixels of the picture: the way back from `into_crop`."""
+    left, top = _corner(crop)
+    x1, y1, x2, y2 = box
+    return Box(x1 + left, y1 + top, x2 + left, y2 + top)
 
 
 def clip(box: Sequence[float], size: tuple[float, float] = (1, 1)) -> Box:
@@ -103,6 +161,23 @@ def format_point(point: Sequence[float]) -> str:
     return f"<point>({x},{y})</point>"
 
 
+def write_numbers(numbers: Sequence[float], convention: Convention) -> list[str]:
+    """Coordinates of one box or point as text: "0.100" normalised, "100" in thousandths.
+
+    Pixels are whole numbers where all of them are, and have two decimals otherwise ("141.43").
+    ValueError for a number that is not finite or, outside pixels, lies off the picture by over a hundredth.
+    """
+    if checked_convention(convention) == "normalised":
+        return [_three_decimals(number) for number in numbers]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"coordinates are finite numbers, but got {list(numbers)}")
+    if convention == "thousand":
+        return [_thousandth(number) for number in numbers]
+    if all(round(number, 2) == round(number) for number in numbers):
+        return [str(round(number)) for number in numbers]
+    return [f"{round(number, 2) + 0.0:.2f}" for number in numbers]  # + 0.0: never "-0.00"
+
+
 def _three_decimals(number: float) -> str:
     # A number far outside [0, 1] is a pixel in the wrong place: clipping it would hide the mistake.
     if not -0.01 <= number <= 1.01:
@@ -110,7 +185,18 @@ def _three_decimals(number: float) -> str:
     return f"{min(max(number, 0.0), LARGEST):.3f}"
 
 
-def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+def _thousandth(number: float) -> str:
+    if not -10 <= number <= 1010:
+        raise ValueError(f"a coordinate in thousandths lies in 0 to 1000, but got {number}: it may be a pixel")
+    return str(min(max(round(number), 0), 1000))
+
+
+def _corner(crop: Sequence[float]) -> tuple[int, int]:
+    x1, y1, _, _ = checked(crop)
+    return max(math.floor(x1), 0), max(math.floor(y1), 0)
+
+
+def _checked_size(size: tuple[float, float]) -> tuple[float, float]:
     width, height = size
     if width <= 0 or height <= 0:
         raise ValueError(f"a picture's size is (width, height) above 0, but got {tuple(size)}")

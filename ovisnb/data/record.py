@@ -6,29 +6,37 @@
 A record that exists is sound: its turns and its pictures have been checked against each other, so
 nothing after this point counts placeholders again. Pictures are references; `ovisnb.data.media`
 opens them. All objects are frozen.
+
+A crop call followed by `<image>`, "<tool_call>Crop [10, 20, 90, 80]</tool_call><image>", needs no entry in
+`image`: it gets that part of the last whole picture before it.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ovisnb.data import boxes
+from ovisnb.data import boxes, markup
+from ovisnb.data.boxes import CONVENTIONS, Convention
 
 Role = Literal["system", "human", "gpt", "ignored_gpt"]
 ROLES: tuple[str, ...] = get_args(Role)
 IMAGE, VIDEO = "<image>", "<video>"
 
 # What other formats call our roles: closer in meaning than anything spelling could tell.
-_OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt"}
+OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
 # Keys of a data file with a meaning here; every other key is kept in `meta`.
-FIELDS = ("id", "image", "video", "kind", "conversations")
+FIELDS = ("id", "image", "video", "kind", "box_coordinates", "call_coordinates", "conversations")
+# What marks an entry of `video` as a video file rather than a picture of one frame.
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 class RecordError(ValueError):
@@ -48,12 +56,18 @@ class _Frozen(BaseModel):
 
 
 class Media(_Frozen):
-    """One picture or video frame: a file or a PIL image, or a crop of it."""
+    """One picture or video frame, or a crop of it: a file, a PIL image or the bytes of an encoded picture.
+
+    In `Record.video` it may also be a video file, which then is the whole video.
+    """
 
     path: str | None = None
-    image: Image.Image | None = None
+    image: Image.Image | None = Field(default=None, repr=False)
+    data: bytes | None = Field(default=None, repr=False)
+    """A picture as it stands in a file (JPEG, PNG, ...), from a cell of a table or a member of an archive."""
     box: tuple[float, float, float, float] | None = None
-    """x1, y1, x2, y2 in pixels of the original: this picture is that crop."""
+    """x1, y1, x2, y2 of the original, counted in `coordinates`: this picture is that crop."""
+    coordinates: Convention = "pixels"
 
     @field_validator("path", mode="before")
     @classmethod
@@ -68,31 +82,59 @@ class Media(_Frozen):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Media:
-        if (self.path is None) == (self.image is None):
-            raise ValueError("a picture needs either a path or an image (not both)")
+        if (self.path, self.image, self.data).count(None) != 2:
+            raise ValueError("a picture needs a path, an image or data (one of them)")
         if self.path is not None and not self.path.strip():
             raise ValueError("a picture's path is empty")
         return self
 
+    @property
+    def is_video(self) -> bool:
+        """Whether this is a video file, by its name."""
+        return self.path is not None and self.path.lower().endswith(VIDEO_SUFFIXES)
+
+    @property
+    def whole(self) -> Media:
+        """The picture that this is a crop of; of a whole picture, itself."""
+        return self if self.box is None else self.model_copy(update={"box": None, "coordinates": "pixels"})
+
+    @property
+    def origin(self) -> object:
+        """A key for the whole picture, the same for all crops of it: its path, its bytes or which PIL image it is."""
+        return self.path or self.data or id(self.image)
+
+    def crop(self, box: Sequence[float], coordinates: Convention = "pixels") -> Media:
+        """The crop of this whole picture; RecordError for a box without area."""
+        return Media(path=self.path, image=self.image, data=self.data, box=box, coordinates=coordinates)
+
     @classmethod
     def from_entry(cls, entry: Any) -> Media:
-        """From an entry of `image` or `video`: a path, a PIL image, or a dict of this class's fields."""
+        """From an entry of `image` or `video`: a path, a PIL image, or a dict of this class's fields.
+
+        The dict of a Hugging Face image that is not decoded works too: `{"bytes": ..., "path": ...}`.
+        """
         if isinstance(entry, (str, os.PathLike)):
             return cls(path=entry)
         if isinstance(entry, Image.Image):
             return cls(image=entry)
-        if isinstance(entry, Mapping):
-            return cls(**entry)
+        if isinstance(entry, Mapping) and all(isinstance(key, str) for key in entry):
+            fields = dict(entry)
+            if (data := fields.pop("bytes", None)) is not None:
+                fields = {**fields, "data": data, "path": None}  # its path is only where the bytes once lay
+            return cls(**fields)
         raise RecordError(
             f'a picture is a path, {{"path": ..., "box": [x1, y1, x2, y2]}} or a PIL image, not {_kind_of(entry)}'
         )
 
     def to_entry(self) -> Any:
         """The shortest entry that `from_entry` reads back to this."""
-        origin = self.image if self.path is None else self.path
-        if self.box is None:
-            return origin
-        return {"image" if self.path is None else "path": origin, "box": list(self.box)}
+        name = next(name for name in ("path", "image", "data") if getattr(self, name) is not None)
+        entry = {name: getattr(self, name)}
+        if self.box is not None:
+            entry["box"] = list(self.box)
+        if self.coordinates != "pixels":
+            entry["coordinates"] = self.coordinates
+        return entry[name] if len(entry) == 1 and name != "data" else entry
 
 
 class Turn(_Frozen):
@@ -106,7 +148,7 @@ class Turn(_Frozen):
     def _known_role(cls, role: Any) -> Any:
         if role in ROLES:
             return role
-        near = _OTHER_NAMES.get(role) if isinstance(role, str) else None
+        near = OTHER_NAMES.get(role) if isinstance(role, str) else None
         near = near or next(iter(difflib.get_close_matches(str(role).lower(), ROLES, 1)), None)
         hint = f" (did you mean {near!r}?)" if near else ""
         raise ValueError(f"the role {role!r} is unknown: use {', '.join(ROLES[:-1])} or {ROLES[-1]}{hint}")
@@ -127,8 +169,13 @@ class Record(_Frozen):
     """One conversation.
 
     `images` stand in the order of their `<image>` placeholders over all turns; `video` is the frames
-    of the one video behind `<video>`. `source` says where the record came from ("train.json:12",
-    "shapes:7"); `meta` keeps every other field of the data as it was.
+    of the one video behind `<video>`, or one entry that is a video file. `source` says where the record
+    came from ("train.json:12", "shapes:7"); `meta` keeps every other field of the data as it was.
+
+    `box_coordinates` says what the numbers in `<box>` and `<point>` of the text count, and
+    `call_coordinates` those in `<tool_call>`: a convention of `ovisnb.data.boxes`. `folder` is the image
+    folder of this record's data set, where it has one of its own. `notes` has one sentence for each thing
+    that reading changed (a clipped box, say). Neither of the last two is written to a file.
     """
 
     id: str
@@ -136,21 +183,32 @@ class Record(_Frozen):
     images: list[Media] = Field(default_factory=list)
     video: list[Media] | None = None
     kind: str | None = None
+    box_coordinates: Convention = "normalised"
+    call_coordinates: Convention = "pixels"
     source: str = ""
+    folder: str | None = None
+    notes: tuple[str, ...] = ()
     meta: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _pieces_match(self) -> Record:
         problem = self._problem()
         if problem:
-            raise ValueError(f"{_where(self.id, self.source)}: {problem}")
+            raise ValueError(f"{self.where}: {problem}")
         return self
+
+    @property
+    def where(self) -> str:
+        """How an error names it: "record 'cat-1' (train.json:12)"."""
+        return _where(self.id, self.source)
 
     def _problem(self) -> str | None:
         if not self.turns:
             return "the conversation has no turns: `conversations` needs at least one"
         if self.video is not None and not self.video:
             return "`video` has no frames: list them or leave `video` out"
+        if self.video is not None and len(self.video) > 1 and any(frame.is_video for frame in self.video):
+            return "`video` mixes a video file with other frames: give one video file or a list of pictures"
         taken = [key for key in self.meta if key in FIELDS]
         if taken:
             return f"`meta` may not hold {taken[0]!r}, which is a field of its own"
@@ -175,16 +233,18 @@ class Record(_Frozen):
             return f"write {IMAGE} in the text where each picture belongs, or drop a picture"
         if any(f"</tool_call>{IMAGE}" in turn.text for turn in self.turns):
             return (
-                f"the {IMAGE} after a crop call needs its own entry "
-                'in `image`, such as {"path": "a.jpg", "box": [x1, y1, x2, y2]}'
+                f"list the picture of every {IMAGE}, or leave out those of all crop calls, "
+                "which are then cut from the picture before them"
             )
         return f"list one picture for each {IMAGE}, in order"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "", index: int = 0) -> Record:
-        """From the dict of a data file (keys `id`, `image`, `video`, `kind`, `conversations`).
+        """From the dict of a data file (keys `id`, `image`, `video`, `kind`, `box_coordinates`,
+        `call_coordinates`, `conversations`).
 
         `source` and `index` name a record without an id: "train.json:12" and 3 make "train-3".
+        An `<image>` right after a crop call for which `image` has no entry gets the crop.
         Raises RecordError, one sentence naming the record, the source and the turn or picture.
         """
         if not isinstance(data, Mapping):
@@ -207,6 +267,13 @@ class Record(_Frozen):
         kind = data.get("kind")
         if not (kind is None or isinstance(kind, str)):
             raise RecordError(f"{where}: `kind` is text, not {_kind_of(kind)}")
+        for key in ("box_coordinates", "call_coordinates"):
+            if (value := data.get(key)) is not None:
+                if value not in CONVENTIONS:
+                    known = f"{', '.join(CONVENTIONS[:-1])} or {CONVENTIONS[-1]}"
+                    raise RecordError(f"{where}: `{key}` is {value!r}: use {known}")
+                fields[key] = value
+        fields["images"] = _with_crops(fields, where)
         return cls(**fields, kind=kind, source=source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,6 +286,10 @@ class Record(_Frozen):
             data["video"] = [media.to_entry() for media in self.video]
         if self.kind is not None:
             data["kind"] = self.kind
+        if any("<box>" in turn.text or "<point>" in turn.text for turn in self.turns):
+            data["box_coordinates"] = self.box_coordinates
+        if any("<tool_call>" in turn.text for turn in self.turns):
+            data["call_coordinates"] = self.call_coordinates
         data["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
         return {**data, **self.meta}
 
@@ -246,8 +317,6 @@ def _read_media(data: Mapping[str, Any], key: str, where: str) -> list[Media] | 
     if entries is None:
         return None
     if not isinstance(entries, (list, tuple)):
-        if key == "video":
-            raise RecordError(f"{where}: `video` is a list of frames (picture files), not {_kind_of(entries)}")
         entries = [entries]
     media = []
     for number, entry in enumerate(entries, start=1):
@@ -256,6 +325,49 @@ def _read_media(data: Mapping[str, Any], key: str, where: str) -> list[Media] | 
         except RecordError as error:
             raise RecordError(f"{where}: entry {number} of `{key}`: {error}") from None
     return media
+
+
+def _with_crops(fields: Mapping[str, Any], where: str) -> list[Media]:
+    """The pictures, with a crop for each `<image>` that follows its call and has no picture in the data."""
+    turns, listed = fields["turns"], fields["images"]
+    missing = sum(turn.text.count(IMAGE) for turn in turns) - len(listed)
+    if missing <= 0 or not any("</tool_call>" in turn.text for turn in turns):
+        return listed
+    slots = [(number, call) for number, turn in enumerate(turns, start=1) for call in _slots(turn)]
+    if missing != sum(call is not None for _, call in slots):
+        return listed  # the record's own check says what is wrong with these
+    images, whole, rest = [], None, iter(listed)
+    for number, call in slots:
+        if call is None:
+            images.append(next(rest))
+            whole = images[-1] if images[-1].box is None else whole
+            continue
+        if whole is None:
+            raise RecordError(f"{where}: turn {number}: there is no picture before the call {call.text} to cut from")
+        if call.numbers is None:
+            raise RecordError(f"{where}: turn {number}: {call.problem}")
+        try:
+            images.append(whole.crop(call.numbers, fields.get("call_coordinates", "pixels")))
+        except RecordError as error:
+            raise RecordError(f"{where}: turn {number}: the call {call.text}: {error}") from None
+    return images
+
+
+def _slots(turn: Turn) -> Iterator[markup.Call | None]:
+    """For each `<image>` of a turn the crop call that it answers, or None; calls and pictures pair up in order."""
+    text, waiting = turn.text, deque()
+    calls = markup.calls(text) if turn.role in ("gpt", "ignored_gpt") else []
+    found = [(call.start, call.end, call) for call in calls]
+    found += [(match.start(), match.end(), None) for match in re.finditer(IMAGE, text)]
+    last = 0
+    for start, end, call in sorted(found, key=lambda item: item[0]):
+        if text[last:start].strip():
+            waiting.clear()
+        last = end
+        if call is None:
+            yield waiting.popleft() if waiting else None
+        elif call.name == "crop":
+            waiting.append(call)
 
 
 def _where(name: str | None, source: str) -> str:

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ovisnb.data import ROLES, Media, Record, RecordError, Turn
+from ovisnb.data.boxes import CONVENTIONS
+from ovisnb.data.record import FIELDS
 
 TOOL_CALL = {
     "id": "who",
     "image": ["street.jpg", {"path": "street.jpg", "box": [10, 20, 100, 200]}],
     "kind": "read",
+    "call_coordinates": "pixels",
     "conversations": [
         {"from": "system", "value": "You have access to Crop and Identify tools..."},
         {"from": "human", "value": "<image>\nWho is the person on the left?"},
@@ -91,7 +94,7 @@ numbers = st.floats(0, 1000, allow_nan=False)
 crops = st.tuples(numbers, numbers, numbers, numbers).map(
     lambda box: (*(min(box[i], box[i + 2]) for i in (0, 1)), *(max(box[i], box[i + 2]) + 1 for i in (0, 1)))
 )
-media = st.builds(Media, path=text, box=st.none() | crops)
+media = st.builds(Media, path=text, box=st.none() | crops).filter(lambda picture: not picture.is_video)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
@@ -108,15 +111,15 @@ def sound_records(draw):
     for mark in marks:
         turn = draw(st.integers(0, len(words) - 1))
         words[turn] = draw(st.sampled_from([mark + words[turn], words[turn] + mark]))
-    fields = ("id", "image", "video", "kind", "conversations")
     return Record(
         id=draw(text),
         turns=[Turn(role=draw(st.sampled_from(ROLES)), text=word) for word in words],
         images=images,
         video=video,
         kind=draw(st.none() | text),
+        box_coordinates=draw(st.sampled_from(CONVENTIONS)) if "<box>" in "".join(words) else "normalised",
         source=draw(st.sampled_from(["", "train.json:12", "shapes:7"])),
-        meta=draw(st.dictionaries(text.filter(lambda key: key not in fields), json_values, max_size=3)),
+        meta=draw(st.dictionaries(text.filter(lambda key: key not in FIELDS), json_values, max_size=3)),
     )
 
 
@@ -130,9 +133,94 @@ def test_round_trip(record):
 def test_more_placeholders_than_pictures():
     sentence = told(talk(("human", "<image><image>"), id="cat", image="a.jpg"), source="train.json:4")
     assert sentence.startswith("record 'cat' (train.json:4): the turns hold 2 <image> but `image` lists 1 picture")
-    sentence = told(talk(("human", "<image>"), ("gpt", "<tool_call>Crop [1,2,3,4]</tool_call><image>"), image="a.jpg"))
-    assert "crop call needs its own entry" in sentence
+    calls = "<tool_call>Crop [1,2,3,4]</tool_call><image>" * 2
+    sentence = told(talk(("human", "<image>"), ("gpt", calls), image=["a.jpg", "b.jpg"]))
+    assert "list the picture of every <image>, or leave out those of all crop calls" in sentence
     assert "the key is `image`, not `images`" in told(talk(("human", "<image>"), images=["a.jpg"]))
+
+
+def calling(text, image="street.jpg", **fields):
+    return talk(("human", "<image>\nWho?"), ("gpt", text), image=image, **fields)
+
+
+def test_a_crop_call_without_a_picture_gets_the_crop():
+    text = (
+        "<think>\n<tool_call>Crop [10,20,100,200]</tool_call><image>\nNow identify them.\n"
+        "<tool_call>Identify [10,20,100,200]</tool_call><tool_response>John Doe</tool_response>\n</think>\nJohn."
+    )
+    record = Record.from_dict(calling(text))
+    assert record.images == [Media(path="street.jpg"), Media(path="street.jpg", box=(10, 20, 100, 200))]
+    assert Record.from_dict(record.to_dict()) == record
+    assert record.to_dict()["image"] == TOOL_CALL["image"]
+
+
+def test_several_calls_get_one_crop_each_in_order():
+    one, two = "<tool_call>[1, 2, 3, 4]</tool_call>", "<tool_call>Crop dog [5, 6, 7, 8]</tool_call>"
+    wanted = [None, (1, 2, 3, 4), (5, 6, 7, 8)]
+    for text in (f"{one}<image>{two}\n<image>", f"{one}{two}<image><image>"):
+        assert [media.box for media in Record.from_dict(calling(text)).images] == wanted
+
+
+def test_a_crop_is_cut_from_the_last_whole_picture_before_it():
+    data = talk(
+        ("human", "<image><image>"),
+        ("gpt", "<tool_call>[1, 2, 3, 4]</tool_call><image>"),
+        ("human", "<image>"),
+        ("gpt", "<tool_call>[0.1, 0.2, 0.3, 0.4]</tool_call><image>"),
+        image=["a.jpg", "b.jpg", "c.jpg"],
+        call_coordinates="normalised",
+    )
+    images = Record.from_dict(data).images
+    assert [media.path for media in images] == ["a.jpg", "b.jpg", "b.jpg", "c.jpg", "c.jpg"]
+    assert images[4] == Media(path="c.jpg", box=(0.1, 0.2, 0.3, 0.4), coordinates="normalised")
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (
+            calling("<tool_call>[5, 6, 5, 8]</tool_call><image>"),
+            "turn 2: the call [5, 6, 5, 8]: a box needs x1 < x2",
+        ),
+        (calling("<tool_call>[5, 6]</tool_call><image>"), "turn 2: "),
+        (
+            talk(("human", "Hi"), ("gpt", "<tool_call>[1, 2, 3, 4]</tool_call><image>")),
+            "turn 2: there is no picture before",
+        ),
+        (calling("<tool_call>[1, 2, 3, 4]</tool_call> so <image>"), "the turns hold 2 <image> but `image` lists 1"),
+        (talk(("human", "<image><tool_call>[1, 2, 3, 4]</tool_call><image>"), image="a"), "the turns hold 2 <image>"),
+    ],
+)
+def test_a_crop_that_cannot_be_cut_is_one_sentence(data, part):
+    assert part in told(data, source="train.json:12")
+
+
+def test_listed_pictures_are_taken_as_they_are():
+    crop = {"path": "other.jpg"}
+    record = Record.from_dict(calling("<tool_call>[1, 2, 3, 4]</tool_call><image>", image=["street.jpg", crop]))
+    assert record.images == [Media(path="street.jpg"), Media(path="other.jpg")]
+
+
+def test_an_encoded_picture_is_bytes_as_hugging_face_has_them():
+    record = Record.from_dict(talk(("human", "<image>"), image={"bytes": b"\x89PNG", "path": "gone.png"}))
+    assert record.images == [Media(data=b"\x89PNG")] and "PNG" not in repr(record)
+    assert record.images[0].crop((1, 2, 3, 4)) == Media(data=b"\x89PNG", box=(1, 2, 3, 4))
+    assert Record.from_dict(talk(("human", "<image>"), image={"bytes": None, "path": "a.png"})).images == [
+        Media(path="a.png")
+    ]
+
+
+def test_a_video_file_stands_alone():
+    record = Record.from_dict(talk(("human", "<video>"), video="clip.MP4"))
+    assert record.video == [Media(path="clip.MP4")] and record.video[0].is_video
+    assert Record.from_dict(record.to_dict()) == record
+
+
+def test_every_record_with_coordinates_says_which():
+    grounded = talk(("gpt", "<box>(0.1,0.1),(0.2,0.2)</box>"))
+    assert Record.from_dict(grounded).to_dict()["box_coordinates"] == "normalised"
+    assert Record.from_dict({**grounded, "box_coordinates": "thousand"}).box_coordinates == "thousand"
+    assert "box_coordinates" not in Record.from_dict(talk(("gpt", "x"))).to_dict()
 
 
 def test_fewer_placeholders_than_pictures():
@@ -173,16 +261,18 @@ def test_a_role_unlike_any_other_gets_no_guess(role):
         (talk(("human", "a"), kind=4), "`kind` is text, not the number 4"),
         (talk(("human", "<image>"), image=""), "entry 1 of `image`: a picture's path is empty"),
         (talk(("human", "<image>"), image=7), "entry 1 of `image`: a picture is a path"),
-        (talk(("human", "<image>"), image={}), "either a path or an image"),
+        (talk(("human", "<image>"), image={}), "needs a path, an image or data"),
         (
             talk(("human", "<image>"), image={"path": "a", "bytes": 1}),
-            "the key `bytes` is unknown here: use path, image",
+            "`data`: input should be a valid bytes",
         ),
         (talk(("human", "<image>"), image={"path": 3}), "entry 1 of `image`: `path`: input should be a valid string"),
         (talk(("human", "<image>"), image={"path": "a", "box": [1, 2, 3]}), "a box is four numbers"),
         (talk(("human", "<image>"), image={"path": "a", "box": [5, 2, 3, 4]}), "a box needs x1 < x2"),
         (talk(("human", "<image>"), image={"path": "a", "box": "all"}), "`box`: input should be a valid tuple"),
-        (talk(("human", "<video>"), video="a.mp4"), "`video` is a list of frames (picture files), not text"),
+        (talk(("human", "<video>"), video=["a.mp4", "b.jpg"]), "`video` mixes a video file with other frames"),
+        (talk(("human", "Hi"), box_coordinates="percent"), "`box_coordinates` is 'percent': use pixels, normalised or"),
+        (talk(("human", "Hi"), call_coordinates=["pixels"]), "`call_coordinates` is ['pixels']: use pixels,"),
         (talk(("human", "<video>"), video=[]), "`video` has no frames"),
         ("Hi", "a record is an object with `conversations`, not text"),
         ([1], "a record is an object with `conversations`, not a list"),
@@ -203,7 +293,7 @@ def test_what_is_built_in_code_is_checked_too():
         Record(id="x", turns=[Turn(role="human", text="Hi")], meta={"image": "a"})
     with pytest.raises(RecordError, match="the role 'bot' is unknown"):
         Record(id="x", turns=[{"role": "bot", "text": "Hi"}])
-    with pytest.raises(RecordError, match="either a path or an image"):
+    with pytest.raises(RecordError, match="needs a path, an image or data"):
         Media(path="a", image=Image.new("RGB", (1, 1)))
 
 
