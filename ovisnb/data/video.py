@@ -1,0 +1,330 @@
+"""Videos -> frames, taken evenly and safely.
+
+    frames = open_frames([Media(path="clip.mp4")], "videos", max_frames=16)  # 16 PIL images, or all of fewer
+    frame_count([Media(path="clip.mp4")], "videos")  # 240, without decoding any
+
+A video is a list of pictures or one video file. A file is only ever decoded near the frames that are
+wanted, and only what is one file in itself is opened: nothing that names other files or addresses, as
+playlists do. Pixels are taken to be square.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from ovisnb.data import containers
+from ovisnb.data.media import LONGEST_SIDE, Folder, MediaError, find_file, image_size, open_image, reason, shown
+from ovisnb.data.record import Media
+
+if TYPE_CHECKING:  # FFmpeg's libraries are loaded for the first video
+    import av
+
+# FFmpeg's names. Formats that open further files (hls, dash, concat, image2, sdp) are not among them.
+FORMATS = ("mov", "mp4", "matroska", "webm", "avi")
+CODECS = (
+    *("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"),
+    *("msmpeg4", "msmpeg4v2", "h263", "prores", "ffv1", "rawvideo"),
+)
+LARGEST_FRAME = 8192 * 4320  # pixels: twice "8K", and some hundred MB in a decoder
+MOST_PACKETS = 1_000_000  # nine hours at 30 frames a second
+MOST_DECODED = 50_000  # frames, for all that are wanted of one video together
+MOST_KEPT = 2**29  # pixels of all wanted frames of one video: 2 GiB of pictures
+
+
+def sample_frames(count: int, min_frames: int | None = None, max_frames: int | None = None) -> list[int]:
+    """Which of `count` frames stand for the video, in order: all of them if that is within the limits.
+
+    Otherwise as many as the nearer limit says, each from the middle of its equal share of the video;
+    frames repeat where the video has too few. This is `read_video` of the original's
+    ovis/train/dataset/multimodal_dataset.py. ValueError for limits below 1 or the wrong way round.
+    """
+    least = 1 if min_frames is None else min_frames
+    most = max(count, least) if max_frames is None else max_frames
+    if count < 1 or not 1 <= least <= most:
+        raise ValueError(
+            f"frames cannot be taken from {count} with min_frames {min_frames} and max_frames {max_frames}: "
+            "a video has frames, and the limits are at least 1, min_frames not above max_frames"
+        )
+    if least <= count <= most:
+        return list(range(count))
+    target = least if count < least else most
+    edges = [round(count / target * number) for number in range(target + 1)]  # halves to even, as numpy rounds
+    return [min(count - 1, (start + end) // 2) for start, end in pairwise(edges)]
+
+
+def frame_count(video: Sequence[Media], image_folder: Folder = None) -> int:
+    """How many frames a video has: the length of the list, or the frames of the file, counted without decoding.
+
+    Headers are not asked: some say nothing, and some lie. Raises MediaError.
+    """
+    if not _is_file(video):
+        return len(video)
+    with _opened(video[0], image_folder) as clip:
+        return clip.scan().count
+
+
+def frame_size(
+    video: Sequence[Media], image_folder: Folder = None, min_frames: int | None = None, max_frames: int | None = None
+) -> tuple[int, int]:
+    """(width, height) in pixels of the first picture that `open_frames` gives; of a file, one frame is decoded.
+
+    All frames of a file are of one size, so the limits only matter for a list of pictures. Raises MediaError.
+    """
+    if not _is_file(video):
+        return _of_list(video, sample_frames(len(video), min_frames, max_frames)[:1], image_folder, image_size)[0]
+    with _opened(video[0], image_folder) as clip:
+        return clip.first().size
+
+
+def open_frames(
+    video: Sequence[Media], image_folder: Folder = None, min_frames: int | None = None, max_frames: int | None = None
+) -> list[Image.Image]:
+    """The frames that `sample_frames` chooses, as PIL images in RGB, the way up that a person sees them.
+
+    Raises MediaError; of a list of pictures it says which frame is meant.
+    """
+    if not _is_file(video):
+        return _of_list(video, sample_frames(len(video), min_frames, max_frames), image_folder, open_image)
+    with _opened(video[0], image_folder) as clip:
+        index = clip.scan()
+        return clip.frames(index, sample_frames(index.count, min_frames, max_frames))
+
+
+def _of_list(video: Sequence[Media], wanted: Sequence[int], image_folder: Folder, read) -> list:
+    """`read` of each wanted picture, once also where it is wanted several times."""
+    found = {}
+    for index in dict.fromkeys(wanted):
+        try:
+            found[index] = read(video[index], image_folder)
+        except MediaError as error:
+            raise MediaError(f"frame {index + 1}: {error}") from None
+    return [found[index] for index in wanted]
+
+
+def _is_file(video: Sequence[Media]) -> bool:
+    files = [media for media in video if media.is_video]
+    if not files:
+        return False
+    if len(video) > 1:
+        raise MediaError("a video is one video file or a list of pictures, not a mixture: give one of the two")
+    if files[0].box is not None:
+        raise MediaError(f"{shown(files[0].path)} is a video file, and a box can only be cut from pictures: drop it")
+    return True
+
+
+@contextmanager
+def _opened(media: Media, image_folder: Folder) -> Iterator[_Clip]:
+    """The video file; whatever goes wrong in the with block becomes a MediaError."""
+    import av
+
+    path = find_file(media.path, image_folder, "video")
+    name = shown(path)
+    options = {
+        "format_whitelist": ",".join(FORMATS),
+        "codec_whitelist": ",".join(CODECS),
+        "protocol_whitelist": "none",
+        "max_pixels": str(LARGEST_FRAME),
+        "threads": "1",
+    }
+    try:
+        # A file object: handed a name, FFmpeg would take "concat:a|b" or "http:..." for an instruction.
+        with path.open("rb") as file:
+            form = containers.check(file, path.stat().st_size, name)
+            file.seek(0)
+            with av.open(
+                file, format=form, options=options, io_open=_no_other_file, metadata_errors="replace"
+            ) as container:
+                yield _Clip(container, _video_stream(container, name), name)
+    except MediaError:
+        raise
+    except EOFError:
+        raise MediaError(f"{name} holds a video without a single frame: replace the file") from None
+    except Exception as error:  # as with pictures: decoders of broken files raise nearly anything
+        raise MediaError(f"{name} cannot be read as a video ({reason(error)}): replace or convert it") from error
+
+
+def _no_other_file(url: str, *_) -> None:
+    raise PermissionError(f"it asks for another file, {url}")
+
+
+def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    import av
+
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & av.stream.Disposition.attached_pic  # the cover of a song is no video
+    ]
+    if not streams:
+        raise MediaError(f"{name} holds no video (perhaps only sound): give another file")
+    stream = streams[0]
+    codec = stream.codec_context
+    if codec is None or codec.name not in CODECS:
+        raise MediaError(f"{name} holds video in a codec that is not read here: convert it to H.264")
+    if not codec.width * codec.height:  # FFmpeg, too, stops at LARGEST_FRAME
+        raise MediaError(f"{name} has frames without a size, or above {LARGEST_FRAME:,} pixels: convert it")
+    if codec.width * codec.height > LARGEST_FRAME or max(codec.width, codec.height) > LONGEST_SIDE:
+        raise MediaError(
+            f"{name} has frames of {codec.width}x{codec.height} pixels, more than {LARGEST_FRAME:,} or a side above "
+            f"{LONGEST_SIDE:,}: scale it down"
+        )
+    codec.options = {"max_pixels": str(LARGEST_FRAME)}  # the pictures may be larger than the header says
+    codec.thread_count = 1  # data workers are many already
+    for other in container.streams:
+        if other is not stream:
+            other.discard = av.stream.Discard.all
+    return stream
+
+
+# Which way the axes point after turning -> what Pillow calls that.
+_TURNS = {
+    (False, False): None,
+    (True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (True, True): Image.Transpose.ROTATE_180,
+}
+_TURNS_ON_SIDE = {
+    (False, False): Image.Transpose.TRANSPOSE,
+    (False, True): Image.Transpose.ROTATE_270,
+    (True, False): Image.Transpose.ROTATE_90,
+    (True, True): Image.Transpose.TRANSVERSE,
+}
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The frames of a file in the order they are shown: how many, and when (None where a time is missing)."""
+
+    count: int
+    times: list[int] | None
+    keys: list[int]  # times at which decoding can start
+
+
+class _Clip:
+    """An open video file, and where in it decoding stands."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, name: str):
+        self.container, self.stream, self.name = container, stream, name
+        self.coming: Iterator[av.VideoFrame] = iter(())
+        self.last: av.VideoFrame | None = None  # the frame decoded last
+        self.decoded = 0
+        self.size: tuple[int, int] | None = None
+
+    def scan(self) -> _Index:
+        """Every frame of the file, by reading its packets without decoding them."""
+        count, times, keys = 0, [], []
+        for packet in self.container.demux(self.stream):
+            if not packet.size:  # the mark at the end
+                continue
+            if packet.is_corrupt:
+                raise self._cut_off(count)
+            if packet.is_discard:  # outside the part that the file says to play
+                continue
+            count += 1
+            if count > MOST_PACKETS:
+                raise MediaError(f"{self.name} has more than {MOST_PACKETS:,} frames: cut it into shorter clips")
+            if packet.pts is not None:
+                times.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+        if not count:
+            raise MediaError(f"{self.name} holds a video without a single frame: replace the file")
+        return _Index(count, sorted(times) if len(times) == count else None, sorted(keys))
+
+    def first(self) -> Image.Image:
+        """The first frame."""
+        self.coming = self.container.decode(self.stream)
+        self._decode()
+        return _seen(self.last)
+
+    def _cut_off(self, count: int) -> MediaError:
+        return MediaError(f"{self.name} is cut off after {count} frames: replace the file")
+
+    def frames(self, index: _Index, wanted: Sequence[int]) -> list[Image.Image]:
+        """The frames with these numbers, which ascend; where wanted ones are far apart, nothing between is decoded."""
+        found: dict[int, Image.Image] = {}
+        self._seek(None)
+        for number in dict.fromkeys(wanted):
+            if index.times is None:
+                self._go_to(number, timed=False)
+            else:
+                self._leap(index, index.times[number])
+                self._go_to(index.times[number], timed=True)
+            if not found:
+                self._check_memory(len(set(wanted)))
+            found[number] = _seen(self.last)
+        return [found[number] for number in wanted]
+
+    def _check_memory(self, count: int) -> None:
+        width, height = self.size
+        if count * width * height > MOST_KEPT:
+            raise MediaError(
+                f"{self.name}: {count:,} frames of {width}x{height} pixels are too many to hold: lower max_frames"
+            )
+
+    def _leap(self, index: _Index, time: int) -> None:
+        """Go to the last key frame up to `time`, if it lies ahead."""
+        keys = index.keys[: bisect_right(index.keys, time)]
+        if not keys or (self.last is not None and keys[-1] <= self._now(timed=True)):
+            return
+        self._seek(keys[-1])
+        self._decode()
+        if self._now(timed=True) > time:  # what the file says about its own places is wrong: walk instead
+            self._seek(None)
+
+    def _go_to(self, place: int, timed: bool) -> None:
+        """Decode up to the frame at `place`, or the last one: a packet need not hold a picture of its own."""
+        while self.last is None or self._now(timed) < place:
+            if not self._decode():
+                break
+
+    def _now(self, timed: bool) -> int:
+        """Where the last frame stands: its time, or its number where the file gives no times."""
+        if not timed:
+            return self.decoded - 1
+        return -1 << 63 if self.last.pts is None else self.last.pts
+
+    def _decode(self) -> bool:
+        """Move on to the next frame; False, staying where we are, at the end."""
+        frame = next(self.coming, None)
+        if frame is None:
+            if self.last is None:
+                raise MediaError(f"{self.name} holds a video without a single frame: replace the file")
+            return False
+        self.decoded += 1
+        if self.decoded > MOST_DECODED:
+            raise MediaError(f"{self.name} would take more than {MOST_DECODED:,} frames to decode: cut it into clips")
+        self.size = self.size or (frame.width, frame.height)
+        if self.size != (frame.width, frame.height):
+            raise MediaError(f"{self.name} changes the size of its frames on the way: convert it to one size")
+        self.last = frame
+        return True
+
+    def _seek(self, time: int | None) -> None:
+        if time is None:
+            self.container.seek(0)
+        else:
+            self.container.seek(time, stream=self.stream)
+        self.coming, self.last = self.container.decode(self.stream), None
+
+
+def _seen(frame: av.VideoFrame) -> Image.Image:
+    """A frame as a PIL image in RGB, turned and mirrored as its display matrix says."""
+    image = frame.to_image()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = struct.unpack("=9i", bytes(matrix))[:5]  # x' = a x + c y, y' = b x + d y; y points down
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        turn = _TURNS[a < 0, d < 0]
+    else:
+        turn = _TURNS_ON_SIDE[b < 0, c < 0]
+    return image if turn is None else image.transpose(turn)
