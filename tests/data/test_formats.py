@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovisnb.data import Media, Record, RecordError, Turn, read_records, write_records
+from ovisnb.data import Media, Record, RecordError, Turn, open_media, read_records, write_records
+from ovisnb.data.formats import read_entries, read_rows
 
 
 def entry(name: str, **more) -> dict:
@@ -201,7 +202,7 @@ def test_what_cannot_be_written(tmp_path):
     half = Record.from_dict(entry("h", note="\ud800"))
     with pytest.raises(RecordError, match="record 'h' .* cannot be written"):
         write_records([half], tmp_path / "a.jsonl")
-    with pytest.raises(RecordError, match="end its name in .json or .jsonl"):
+    with pytest.raises(RecordError, match="end its name in .json, .jsonl or .parquet"):
         write_records([], tmp_path / "a.txt")
     assert list(tmp_path.iterdir()) == []
 
@@ -217,3 +218,167 @@ def test_json_lines_are_streamed(tmp_path):
     tracemalloc.stop()
     assert count == 20_000
     assert peak < 1_000_000
+
+
+def problems(path) -> list[tuple[int, str | None]]:
+    return [(row.line, row.problem and row.problem.partition(":")[0]) for row in read_rows(path)]
+
+
+def test_lines_go_on_after_a_broken_one(tmp_path):
+    path = tmp_path / "train.jsonl"
+    good, bad = json.dumps(ENTRIES[0]).encode(), b'{"id": "b", "conversations": ['
+    path.write_bytes(b"\n".join([good, bad, b"", "é".encode("latin-1"), good, b"[" * 100_000, b"NaN", good]))
+    rows = list(read_rows(path))
+    assert [row.line for row in rows if row.problem] == [2, 4, 6]
+    assert [row.line for row in rows if row.entry == ENTRIES[0]] == [1, 5, 8]
+    assert "broken JSON at column" in rows[1].problem and "not UTF-8 (byte 0xe9)" in rows[2].problem
+    assert "nested too deeply" in rows[4].problem
+
+
+BREAKS = {
+    "a colon is missing": lambda text: text.replace('"note": {', '"note" {', 1),
+    "a bracket is not closed": lambda text: text.replace('"note": {', '"note": [{', 1),
+    "a quote is not closed": lambda text: text.replace('"Who is bé', '"Who" is bé', 1),
+    "the entry ends early": lambda text: text.replace('"note": {', '"note": ', 1),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("form", ["list, pretty", "list, one entry a line", "wrapped, pretty"])
+def test_a_list_goes_on_at_the_next_entry(tmp_path, form, name):
+    path = tmp_path / "data.json"
+    entries = [entry("ann"), ENTRIES[1], entry("cy"), entry("di")]
+    whole = {"conversations": entries} if form.startswith("wrapped") else entries
+    text = json.dumps(whole, indent=2 if "pretty" in form else None, ensure_ascii=False)
+    if form == "list, one entry a line":
+        text = "[\n" + ",\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n]"
+    broken = BREAKS[name](text)
+    assert broken != text
+    path.write_text(broken, "utf-8")
+    rows = list(read_rows(path))
+    assert [row.entry and row.entry["id"] for row in rows] == ["ann", None, "cy", "di"]
+    assert "broken JSON" in rows[1].problem and rows[0].line <= rows[1].line < rows[2].line
+    lines = broken.split("\n")
+    assert all('"id"' in lines[row.line - 1] or '"id"' in lines[row.line] for row in rows if row.entry)
+
+
+def test_what_is_lost_in_a_list_is_said(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"id": 1}, {"id": 2 "x"}, {"id": 3}]')  # one line: no telling where the third begins
+    rows = list(read_rows(path))
+    assert rows[0].entry == {"id": 1} and len(rows) == 2
+    assert rows[1].problem.endswith("what follows it in the file was not read")
+    path.write_text('[\n{"id": 1}\n{"id": 2}\n]')  # a comma is missing between two good entries: none is lost
+    rows = list(read_rows(path))
+    assert [row.entry for row in rows] == [{"id": 1}, None, {"id": 2}]
+    assert (rows[1].line, rows[2].line) == (3, 3) and "Expecting ','" in rows[1].problem
+    path.write_text('[\n{"id": 1},\n{"id": 2},\n')
+    assert [row.problem is None for row in read_rows(path)] == [True, True, False]
+
+
+def test_a_list_in_latin1_gives_the_entries_that_are_whole(tmp_path):
+    path = tmp_path / "data.json"
+    rows = [json.dumps(entry(name), ensure_ascii=False).encode("latin-1") for name in ("ann", "bé", "cy")]
+    path.write_bytes(b"[\n" + b",\n".join(rows) + b"\n]")
+    assert problems(path) == [(2, None), (3, "not UTF-8 (byte 0xe9)"), (4, None)]
+
+
+def test_many_broken_entries_take_linear_time(tmp_path):
+    path = tmp_path / "data.json"
+    bad = '{"a": [[[[\n'
+    path.write_text("[\n" + bad * 50_000 + '{"id": 1}\n]')
+    rows = list(read_rows(path))
+    assert len(rows) == 50_001 and rows[-1].entry == {"id": 1} and rows[-1].line == 50_002
+    path.write_text("[\n{]\n" + '{"a": 1},' * 50_000 + '{"id": 1}\n]')  # many on the one line after a broken one
+    assert len(list(read_rows(path))) == 50_002
+
+
+@given(
+    st.binary(max_size=80) | st.text('[]{}",:\n 1ab\\', max_size=120).map(str.encode),
+    st.sampled_from([".json", ".jsonl"]),
+)
+def test_any_bytes_are_rows_or_problems(tmp_path_factory, data, suffix):
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(data)
+    lines = data.count(b"\n") + 1
+    try:
+        for row in read_rows(path):
+            assert 1 <= row.line <= lines and (row.problem is None or "\n" not in row.problem)
+    except RecordError as error:
+        assert "is empty" in str(error) or "is no parquet file" in str(error)
+    try:
+        list(read_records(path))
+    except RecordError as error:
+        assert "\n" not in str(error).replace(repr(data), "")
+
+
+TURNS = [{"from": "human", "value": "<image>\nWho?"}]
+
+
+def talk(answer: str, **more) -> dict:
+    return {"id": "x", "image": "a.png", "conversations": [*TURNS, {"from": "gpt", "value": answer}], **more}
+
+
+def read_one(path, data: dict, image_folder=None) -> Record:
+    path = path / "train.jsonl"
+    path.write_text(json.dumps(entry("first")) + "\n" + json.dumps(data))
+    return list(read_records(path, image_folder=image_folder))[1]
+
+
+def test_the_tool_form_gets_its_crops_from_a_file(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    answer = (
+        "<think>\nLet me crop the person first.\n<tool_call>Crop [10,20,100,90]</tool_call><image>\nNow identify them.\n"
+        "<tool_call>Identify [10,20,100,90]</tool_call><tool_response>John Doe</tool_response>\n"
+        "<tool_call>[0, 0, 20.5, 30]</tool_call><image></think>\n<answer>John Doe.</answer>"
+    )
+    record = read_one(tmp_path, talk(answer), tmp_path)
+    assert record.images == [Media(path="a.png", box=box) for box in (None, (10, 20, 100, 90), (0, 0, 20.5, 30))]
+    assert record.turns[1].text == answer and record.notes == ()
+    assert [image.size for image in open_media(record, tmp_path)[0]] == [(200, 100), (90, 70), (21, 30)]
+    thousand = read_one(
+        tmp_path, talk("<tool_call>[0,0,500,500]</tool_call><image>", call_coordinates="thousand"), tmp_path
+    )
+    assert thousand.notes == () and open_media(thousand, tmp_path)[0][1].size == (100, 50)
+
+
+def test_a_crop_outside_its_picture_is_reported_where_the_size_is_known(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    data = talk("<tool_call>Crop [150, 20, 300, 90]</tool_call><image> It.")
+    record = read_one(tmp_path, data, tmp_path)
+    assert record.turns[1].text == data["conversations"][1]["value"]
+    [note] = record.notes
+    assert "image 2: the box [150.0, 20.0, 300.0, 90.0] (pixels) reaches outside the picture of 200x100 pixels" in note
+    assert "only [150, 20, 200, 90] is cut out" in note
+    assert open_media(record, tmp_path)[0][1].size == (50, 70)
+    assert read_one(tmp_path, data).notes == ()  # nobody said where the pictures are
+    assert read_one(tmp_path, {**data, "image": "gone.png"}, tmp_path).notes == ()
+    with pytest.raises(RecordError, match=r"train.jsonl:2.*lies outside the picture of 200x100 pixels"):
+        read_one(tmp_path, talk("<tool_call>[300, 20, 400, 90]</tool_call><image>"), tmp_path)
+
+
+@pytest.mark.parametrize("box", ["[5, 5, 5, 9]", "[9, 5, 5, 9]", "Crop [1, 1, 1, 1]"])
+def test_a_crop_without_area_is_an_error_with_its_line(tmp_path, box):
+    with pytest.raises(RecordError, match=r"record 'x' \(.*train.jsonl:2\): turn 2: the call .*x1 < x2"):
+        read_one(tmp_path, talk(f"<tool_call>{box}</tool_call><image>"))
+
+
+def test_a_row_of_no_format_names_the_formats(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps(ENTRIES[0]) + '\n{"id": "b", "picture": "b.jpg"}\n' + json.dumps(ENTRIES[2]))
+    rows = list(read_entries(path))
+    assert [row.problem is None for row in rows] == [True, False, True]
+    with pytest.raises(RecordError, match=r"odd.jsonl:2: record 'b': .*records \(conversations\); annotations \("):
+        list(read_records(path))
+    with pytest.raises(RecordError, match="the format 'llava' is unknown: use .*records"):
+        read_records(path, format="llava")  # at once
+
+
+def test_the_format_can_be_forced(tmp_path):
+    path = tmp_path / "both.jsonl"
+    path.write_text(json.dumps({**ENTRIES[0], "image_path": "a.jpg", "QnA": [{"Q": "Who?", "A3": "Ann."}]}))
+    assert next(read_records(path)).id == "ann"
+    assert next(read_records(path, format="annotations")).turns[1].text == "Ann."
+    path.write_text(json.dumps(ENTRIES[0]))
+    with pytest.raises(RecordError, match="both.jsonl:1: record 'ann': `image_path` is the path"):
+        next(read_records(path, format="annotations"))

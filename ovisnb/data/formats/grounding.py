@@ -1,0 +1,357 @@
+"""Boxes of detection and of referring expressions -> find and point questions in Ovis2.5's own form.
+
+    for record in read_records("instances_val.json", image_folder="val2017"): ...
+    for record in read_records("refcoco_val.jsonl", format="refcoco:xyxy,find,point"): ...
+
+    Find every <ref>dog</ref>. Please provide the bounding box coordinates.
+    <ref>dog</ref>[<box>(0.102,0.200),(0.304,0.711)</box>,<box>(0.500,0.211),(0.644,0.780)</box>]
+
+Choices stand behind the format's name and a colon: "find" (the default) asks for boxes, "point" for their middles,
+"find,point" for both, each in a record of its own.
+
+- coco: `{"images", "annotations", "categories"}`, boxes `[x, y, width, height]` in pixels. One question for each category
+  in each picture, answered with all its boxes from top to bottom. Where one of them is a crowd (`iscrowd`),
+  nobody could name every one: that question is left out, and the picture's others say so in `Record.notes`. So do a
+  box without area that is left out, and one reaching outside, which is cut. A picture with `caption` whose annotations
+  have `tokens_positive` (the MDETR form of RefCOCO and Flickr30k) is asked about those words of the caption.
+- refcoco: rows of a picture (`image`, `image_path`, `img_path`, `file_name`, ...), what it is called (`expression`, `sent`,
+  `sentences`, `phrase`, ...; one question each) and `bbox`. Some of these files hold corners and some a corner with
+  width and height: say "xyxy" or "xywh" with the format, or name the key `bbox_xyxy` or `bbox_xywh`, or put
+  `"bbox_format": "xywh"` in the row. A `bbox` of which nothing is said is read as RefCOCO itself has it, with width and
+  height; its record says so in `Record.notes`, and one that then reaches out of its picture is an error: corners
+  do, sooner or later. "normalised" and "thousand" say that the numbers are not pixels.
+
+The picture's size is `width` and `height` of the file, else read from the picture's header.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ovisnb.data import boxes
+from ovisnb.data.boxes import LARGEST, Box, format_box, format_point
+from ovisnb.data.formats.parts import first_of, is_number, picture, short
+from ovisnb.data.formats.rows import Entry, Options, Reader
+from ovisnb.data.markup import BOX_REQUEST, POINT_REQUEST
+from ovisnb.data.media import image_size
+from ovisnb.data.record import IMAGE, Media, RecordError
+
+PICTURE_KEYS = ("image", "image_path", "img_path", "file_name", "filename", "img_name", "img")
+NAME_KEYS = ("expression", "expressions", "sent", "sentence", "sentences", "sents", "phrase", "phrases")
+NAME_KEYS += ("referring_expression",)
+FORM_KEYS = ("bbox_format", "box_format", "bbox_mode")
+QUESTIONS, FORMS, UNITS = ("find", "point"), ("xyxy", "xywh"), ("pixels", "normalised", "thousand")
+_BOX_KEYS = {
+    "bbox_xyxy": "xyxy",
+    "bbox_xywh": "xywh",
+    "box_xyxy": "xyxy",
+    "box_xywh": "xywh",
+    "bbox": None,
+    "box": None,
+}
+_OVER = 1.01  # annotators' boxes reach a pixel or two out of the picture
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is said behind the format's name."""
+
+    questions: tuple[str, ...] = ("find",)
+    form: str | None = None
+    unit: str = "pixels"
+
+
+class _Unusable(RecordError):
+    """A box that cannot be drawn: no area, or outside its picture."""
+
+
+def matches_coco(entry: Any) -> bool:
+    """Whether an object holds `images` and `annotations`."""
+    return isinstance(entry, dict) and {"images", "annotations"} <= entry.keys() and "messages" not in entry
+
+
+def matches_refcoco(entry: Any) -> bool:
+    """Whether a row has a picture, a box and what is in it."""
+    keys = entry.keys() if isinstance(entry, dict) else set()
+    return not any(keys.isdisjoint(some) for some in (PICTURE_KEYS, NAME_KEYS, _BOX_KEYS))
+
+
+def coco(entry: dict, options: Options, chosen: Choices = Choices()) -> Iterator[dict | RecordError]:
+    """The questions of a COCO file, in the order of its pictures; an annotation that cannot be used is an error."""
+    names = {known["id"]: known.get("name") for known in _objects(entry, "categories", required=False)}
+    images = _objects(entry, "images")
+    of_image: dict[Any, list[dict]] = {image["id"]: [] for image in images}
+    for annotation in _objects(entry, "annotations"):
+        image = annotation.get("image_id")
+        if not _is_id(image) or image not in of_image:
+            yield RecordError(
+                f"annotation {short(annotation['id'])}: there is no image {short(image)} in `images`: add it"
+            )
+        else:
+            of_image[image].append(annotation)
+    for image in images:
+        try:
+            yield from _of_image(image, of_image[image["id"]], names, options, chosen)
+        except RecordError as error:
+            yield RecordError(f"image {short(image['id'])}: {error}")
+
+
+def refcoco(entry: dict, options: Options, chosen: Choices = Choices()) -> Iterator[dict | RecordError]:
+    """The questions of one row: one for each expression."""
+    picture_key, shown = first_of(entry, PICTURE_KEYS, "image")
+    name_key, said = first_of(entry, NAME_KEYS, "expression")
+    box_key, numbers = first_of(entry, tuple(_BOX_KEYS), "bbox")
+    form = _BOX_KEYS[box_key] or _form(entry) or chosen.form
+    shown = picture(shown[0] if isinstance(shown, list) and len(shown) == 1 else shown)
+    extent = _size(entry, shown, options) if chosen.unit == "pixels" else boxes.extent(chosen.unit)
+    several = isinstance(numbers, list) and bool(numbers) and isinstance(numbers[0], list)
+    found, notes = [], []
+    if form is None:
+        notes.append(
+            f"nothing says that `{box_key}` holds width and height (refcoco:xywh): it was read as RefCOCO's do"
+        )
+    for number, one in enumerate(numbers if several else [numbers], start=1):
+        named = f"`{box_key}`" + (f" {number}" if several else "")
+        try:
+            corners = _corners(one, form or "xywh", named)
+            if form is None and (corners.x2 > _OVER * extent[0] or corners.y2 > _OVER * extent[1]):
+                raise RecordError(
+                    f"{named} {short(one)} does not fit a picture of {extent[0]}x{extent[1]} as x, y, width, height: "
+                    'read the file with format="refcoco:xyxy" if these are corners, else "refcoco:xywh"'
+                )
+            box, note = _share(corners, extent, named)
+        except _Unusable as error:
+            raise RecordError(f"{error}: correct or drop it") from None
+        found.append(box)
+        notes += note
+    rest = {key: value for key, value in entry.items() if key not in (picture_key, name_key, box_key)}
+    if taken := next((key for key in ("conversations", "video", "image", "objects") if key in rest), None):
+        raise RecordError(f"a row of this format may not have `{taken}` beside `{picture_key}`: rename it")
+    names = _names(said, name_key)
+    for number, name in enumerate(names):
+        for question in _questions("Find {the}", _name(name), found, chosen.questions, notes):
+            row = Entry({**rest, **question, "image": [shown]})
+            row.notes = question.notes
+            if _is_id(rest.get("id")):
+                suffix = (f"-{number}" if len(names) > 1 else "") + ("-point" if row["kind"] == "point" else "")
+                row["id"] = f"{rest['id']}{suffix}"
+            yield row
+
+
+def _of_image(
+    image: dict, annotations: Sequence[dict], names: dict, options: Options, chosen: Choices
+) -> Iterator[Entry | RecordError]:
+    """The questions about one picture of a COCO file."""
+    if not annotations:
+        return
+    shown = picture(first_of(image, PICTURE_KEYS, "file_name")[1])
+    size = _size(image, shown, options)
+    groups: dict[Any, list[dict]] = {}
+    errors: list[RecordError] = []
+    for annotation in annotations:
+        try:
+            key = _label(annotation, image, names)
+        except RecordError as error:
+            errors.append(RecordError(f"annotation {short(annotation['id'])}: {error}"))
+        else:
+            groups.setdefault(key, []).append(annotation)
+    notes = [
+        f"no question about {name!r}: annotation {short(crowd['id'])} is a crowd (iscrowd)"
+        for (_, name), group in groups.items()
+        if (crowd := next((one for one in group if one.get("iscrowd")), None))
+    ]
+    for (label, name), group in groups.items():
+        if any(one.get("iscrowd") for one in group):
+            continue
+        try:
+            found, own = _boxes(group, size)
+        except RecordError as error:
+            errors.append(error)
+            continue
+        head = "Find {the}" if "tokens_positive" in group[0] and "caption" in image else "Find every"
+        for row in _questions(head, name, found, chosen.questions, [*notes, *own]):
+            row["id"] = f"{image['id']}-{label}" + ("-point" if row["kind"] == "point" else "")
+            row["image"] = [shown]
+            yield row
+    yield from errors
+
+
+def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box], list[str]]:
+    """-> (the boxes as shares of the picture, notes); RecordError if one is broken or none is left."""
+    found, notes, last = [], [], None
+    for annotation in annotations:
+        named = f"annotation {short(annotation['id'])}: its box"
+        corners = _corners(annotation.get("bbox"), "xywh", named)
+        try:
+            box, note = _share(corners, size, named)
+        except _Unusable as error:
+            last = RecordError(f"{error}, and no other box of its kind is left: correct or drop it")
+            notes.append(f"{error}: it is left out")
+            continue
+        found.append(box)
+        notes += note
+    if not found:
+        raise last
+    return found, notes
+
+
+def _questions(
+    head: str, name: str, found: Sequence[Box], questions: Sequence[str], notes: Sequence[str]
+) -> Iterator[Entry]:
+    """The find and point questions about the boxes of one name, with their answers."""
+    the = "" if re.match(r"(the|a|an)\b", name, re.IGNORECASE) else "the "
+    asked = f"{IMAGE}\n{head.format(the=the).rstrip()} <ref>{name}</ref>. "
+    found = sorted(found, key=lambda box: (box.y1 + box.y2, box.x1 + box.x2))
+    points = [(round((box.x1 + box.x2) / 2, 3), round((box.y1 + box.y2) / 2, 3)) for box in found]
+    for kind in questions:
+        written = [format_box(box) for box in found] if kind == "find" else [format_point(point) for point in points]
+        answer = written[0] if len(written) == 1 else f"[{','.join(written)}]"
+        row = Entry(
+            kind=kind,
+            conversations=[
+                {"from": "human", "value": asked + (BOX_REQUEST if kind == "find" else POINT_REQUEST)},
+                {"from": "gpt", "value": f"<ref>{name}</ref>{answer}"},
+            ],
+            objects=[{"name": name, "box": list(box)} for box in found],
+        )
+        row.notes = tuple(notes)
+        yield row
+
+
+def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box, list[str]]:
+    """-> (`box` as shares with three decimals, cut to the picture, [what was cut])."""
+    where = f"the picture of {extent[0]}x{extent[1]}"
+    if boxes.area(box) <= 0:
+        raise _Unusable(f"{named} {_numbers(box)} has no area")
+    inside = boxes.clip(box, extent)
+    if boxes.area(inside) <= 0:
+        raise _Unusable(f"{named} {_numbers(box)} lies outside {where}")
+    share = Box(*(min(round(number, 3), LARGEST) for number in boxes.convert(inside, "pixels", "normalised", extent)))
+    if boxes.area(share) <= 0:
+        raise _Unusable(f"{named} {_numbers(box)} is too thin on {where} to be written")
+    slack = max(extent) * 1e-3  # less than can be written
+    if all(abs(a - b) <= slack for a, b in zip(inside, box)):
+        return share, []
+    return share, [f"{named} {_numbers(box)} reaches outside {where}: it was cut to {_numbers(inside)}"]
+
+
+def _corners(numbers: Any, form: str, named: str) -> Box:
+    """Four numbers of a file -> x1, y1, x2, y2 in the same unit."""
+    if not isinstance(numbers, (list, tuple)) or len(numbers) != 4 or not all(map(is_number, numbers)):
+        raise RecordError(f"{named} is {short(numbers)}: a box is four numbers")
+    x, y, *rest = numbers
+    return Box(x, y, *rest) if form == "xyxy" else Box(x, y, x + rest[0], y + rest[1])
+
+
+def _numbers(box: Box) -> str:
+    return f"[{', '.join(f'{number:g}' for number in box)}]"
+
+
+def _label(annotation: dict, image: dict, names: dict) -> tuple[Any, str]:
+    """(what marks its question, its name) of an annotation."""
+    spans, caption = annotation.get("tokens_positive"), image.get("caption")
+    if isinstance(spans, list) and isinstance(caption, str):
+        if not spans or not all(isinstance(span, list) and len(span) == 2 and all(map(_is_id, span)) for span in spans):
+            raise RecordError(f"its `tokens_positive` is {short(spans)}: a list of [start, end] in the caption")
+        try:
+            name = _name(" ".join(caption[start:end].strip() for start, end in spans))
+        except TypeError:
+            raise RecordError("its `tokens_positive` holds text where numbers should be") from None
+        return f"{spans[0][0]}-{spans[-1][1]}", name
+    category = annotation.get("category_id")
+    if not _is_id(category) or category not in names:
+        raise RecordError(f"there is no category {short(category)} in `categories`: add it")
+    return category, _name(names[category])
+
+
+def _name(name: Any) -> str:
+    """What is asked for, fit for `<ref>`."""
+    if not isinstance(name, str) or not name.strip():
+        raise RecordError(f"what is in the box is {short(name)}: name it")
+    if "<" in name or ">" in name:
+        raise RecordError(f"the name {short(name)} holds < or >, which are for tags: rename it")
+    return " ".join(name.split()).rstrip(".")
+
+
+def _names(said: Any, key: str) -> list[Any]:
+    """The expressions of a row: one, a list, or a list of objects as in the files of refer."""
+    listed = said if isinstance(said, list) else [said]
+    if not listed:
+        raise RecordError(f"`{key}` is an empty list: write an expression or drop the row")
+    return [one.get("sent") or one.get("raw") if isinstance(one, dict) else one for one in listed]
+
+
+def _size(row: dict, shown: Any, options: Options) -> tuple[int, int]:
+    """(width, height) in pixels: the file's own, else the header's."""
+    width, height = row.get("width"), row.get("height")
+    if width is None and height is None:
+        return image_size(Media.from_entry(shown), options.image_folder)
+    for key, value in (("width", width), ("height", height)):
+        if not is_number(value) or value != int(value) or value < 1:
+            raise RecordError(f"`{key}` is {short(value)}: give the picture's size in pixels, or neither of the two")
+    return int(width), int(height)
+
+
+def _form(row: dict) -> str | None:
+    """What the row says about its box."""
+    for key in FORM_KEYS:
+        if row.get(key) is not None:
+            said = str(row[key]).lower().removesuffix("_abs")
+            if said in FORMS:
+                return said
+            raise RecordError(f'`{key}` is {short(row[key])}: it says "xyxy" or "xywh"')
+    return None
+
+
+def _objects(entry: dict, key: str, required: bool = True) -> list[dict]:
+    """The list under `key`, whose items are objects with an id."""
+    if key not in entry and not required:
+        return []
+    listed = entry.get(key)
+    if not isinstance(listed, list):
+        raise RecordError(f"`{key}` is {short(listed)}: a COCO file has a list there")
+    seen = set()
+    for number, one in enumerate(listed, start=1):
+        if not isinstance(one, dict) or not _is_id(one.get("id")):
+            raise RecordError(f"entry {number} of `{key}` is no object with an `id`: correct it")
+        if one["id"] in seen:
+            raise RecordError(f"`{key}` has the id {short(one['id'])} twice: number them anew")
+        seen.add(one["id"])
+    return listed
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _chosen(reader: Reader, allowed: Sequence[str], choices: str) -> Reader:
+    """The reader with what stands behind its name."""
+    words = [word.strip() for word in choices.split(",")]
+    for word in words:
+        if word not in allowed:
+            raise RecordError(f"the format {reader.name!r} has no choice {word!r}: use some of {', '.join(allowed)}")
+    forms, units = ([word for word in words if word in known] for known in (FORMS, UNITS))
+    if len(forms) > 1 or len(units) > 1:
+        raise RecordError(f"the choices {choices!r} contradict each other: keep one of {', '.join(forms or units)}")
+    chosen = Choices(
+        questions=tuple(word for word in QUESTIONS if word in words) or ("find",),
+        form=forms[0] if forms else None,
+        unit=units[0] if units else "pixels",
+    )
+    return replace(reader, entries=partial(reader.entries, chosen=chosen))
+
+
+COCO = Reader(
+    "coco", "images, annotations and categories", matches_coco, coco, choose=lambda said: _chosen(COCO, QUESTIONS, said)
+)
+REFCOCO = Reader(
+    "refcoco",
+    "image, expression and bbox",
+    matches_refcoco,
+    refcoco,
+    choose=lambda said: _chosen(REFCOCO, (*QUESTIONS, *FORMS, *UNITS), said),
+)

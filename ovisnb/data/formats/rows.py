@@ -1,0 +1,326 @@
+"""The rows of a data file, whatever they hold, and what a reader of a format is.
+
+    for line, entry, problem in read_rows("train.jsonl"): ...
+
+Told apart by what is in the file, not by its name:
+
+- JSON lines: one row a line. Read as a stream: memory stays that of one line.
+- a JSON list, and the wrapped form `{"conversations": [record, ...]}`. The text is held, the rows
+  are parsed one at a time as they are asked for.
+- one object alone.
+- parquet: one row a row.
+
+JSON is UTF-8, with or without a byte order mark; blank lines are skipped. A broken row becomes a
+`Row` with a problem and the rows after it follow: the next line of JSON lines, or in a list the next
+line that starts an entry where the broken one started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ovisnb.data.files import LINES_SUFFIXES
+from ovisnb.data.record import FIELDS, Record, RecordError
+
+_BOM = b"\xef\xbb\xbf"
+_BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
+_PARQUET = b"PAR1"
+_decode = json.JSONDecoder().raw_decode
+_space = re.compile(r"[ \t\n\r]*").match
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
+
+
+class Row(NamedTuple):
+    """One row of a file: `entry` is what it holds, or None if there is a `problem` (one sentence without the place)."""
+
+    line: int
+    entry: Any | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a reader may need beside its row."""
+
+    path: Path
+    """The file being read; paths in the row that are no pictures start in its folder."""
+    image_folder: str | os.PathLike[str] | None = None
+    template: str | None = None
+    """The question that goes with a caption; None for the format's own."""
+
+
+class Entry(dict):
+    """The RECORD FORM (the keys of `Record.from_dict`), and what else a reader knows about it."""
+
+    notes: tuple[str, ...] = ()
+    """One sentence for each thing that reading changed."""
+    folder: str | None = None
+    """The image folder of its own."""
+    source: str | None = None
+    """Where it comes from, if not from this row's file and line ("other.json:12")."""
+    index: int | None = None
+    """Its number in `source`, which names a record without an id."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One format: rows of a file <-> entries of the record form.
+
+    `entries` raises RecordError (one sentence without file and line, which the caller adds) for a row
+    that cannot be read; where only one of several entries is broken it may yield the error instead.
+    """
+
+    name: str
+    keys: str
+    """What a row holds, for the sentence about a row that nothing reads: "conversations"."""
+    matches: Callable[[Any], bool]
+    """Whether a row (any JSON value) is of this format; looks at its keys only."""
+    entries: Callable[[Any, Options], Iterator[dict | RecordError]]
+    rows: Callable[[Iterable[Record]], Iterator[dict]] | None = None
+    """Records -> rows of this format, if it can be written; RecordError for a record that it cannot hold."""
+    choose: Callable[[str], Reader] | None = None
+    """The reader with choices, written after its name and a colon ("refcoco:xyxy"); RecordError for an unknown one."""
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """The rows of a data file, in order, broken ones as a `Row` with a problem.
+
+    Raises RecordError for a file that is missing (at once), empty, or cannot be read at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecordError(f"there is no data file at {path}: give the path of a .json, .jsonl or .parquet file")
+    return _rows(path)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        start = file.read(len(_PARQUET))
+        parquet = start == _PARQUET
+        file.seek(0)
+        if start.startswith(_BOMS_16):
+            yield Row(1, None, "not UTF-8 but UTF-16, by its first bytes: save the file as UTF-8")
+            return
+        if not parquet:
+            yield from line_rows(file) if is_lines(file, path) else _document_rows(file, path)
+            return
+    from ovisnb.data.formats.parquet import parquet_rows  # needs pyarrow, which JSON does not
+
+    yield from parquet_rows(path)
+
+
+def is_lines(file: BinaryIO, path: Path) -> bool:
+    """Whether the first line that is not blank holds a whole object; leaves `file` at its start."""
+    first = next((line for line in file if line.removeprefix(_BOM).strip()), b"")
+    alone = file.tell() == path.stat().st_size
+    file.seek(0)
+    first = first.removeprefix(_BOM).strip()
+    if first.startswith(b"["):
+        return False  # not parsed: a list written on one line can be the whole of a large file
+    if path.suffix in LINES_SUFFIXES:
+        return True
+    if alone:
+        return False  # neither is one object
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def line_rows(file: Iterable[bytes]) -> Iterator[Row]:
+    """The rows of lines of JSON, counted from 1; blank ones count and are skipped."""
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            yield Row(number, None, _sentence(error))
+            continue
+        conversations = entry.get("conversations") if isinstance(entry, dict) else None
+        if isinstance(conversations, list) and conversations and _is_record(conversations[0]):
+            yield from (Row(number, record) for record in conversations)  # the wrapped form, on one line
+        else:
+            yield Row(number, entry)
+
+
+def _document_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
+    data = file.read().removeprefix(_BOM)
+    if not data.strip():
+        raise RecordError(f"{path} is empty: a data file holds at least one record")
+    text = data.decode("utf-8", errors="surrogateescape")
+    del data  # a data file can be large, and this would be its second copy
+    line, counted = 1, 0
+    for start, where, entry, problem in _Document(text).rows():
+        line, counted = line + text.count("\n", counted, start), max(start, counted)
+        yield Row(line + text.count("\n", start, where), entry, problem)
+
+
+_Found = tuple[int, int, Any, str | None]  # where an entry starts, where its problem is, the entry, its problem
+_UNREAD = "; what follows it in the file was not read"
+
+
+class _Document:
+    """A list, the wrapped form or one object, parsed one entry at a time."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.escaped = None if text.isascii() else _ESCAPED.search(text)
+
+    def rows(self) -> Iterator[_Found]:
+        text, end = self.text, None
+        try:
+            start = _skip(text, 0)
+            if text.startswith("[", start):
+                end = yield from self.list(start)
+            elif text.startswith("{", start):
+                end = yield from self.object(start)
+            else:
+                raise json.JSONDecodeError("Expecting a list or an object", text, start)
+            if end is not None and end != len(text):
+                raise json.JSONDecodeError("Extra data", text, end)
+        except (ValueError, RecursionError) as error:
+            position = error.pos if isinstance(error, json.JSONDecodeError) else 0
+            yield position, position, None, _sentence(error)
+
+    def list(self, start: int) -> Generator[_Found, None, int | None]:
+        """The entries of the list at `start`; returns its end, or None if that was not found.
+
+        Once an entry is broken, each is read from the piece of text up to the next start: what an
+        unclosed bracket swallows must not be read again for every entry.
+        """
+        text = self.text
+        position = _skip(text, start + 1)
+        if text.startswith("]", position):
+            return _skip(text, position + 1)
+        next_start = _starts(text, position)
+        piece, first, last = text, 0, len(text)
+        whole = True
+        while True:
+            if position >= last and not whole:
+                first, last = position, next_start(position) or len(text)
+                piece = text[first:last]
+            try:
+                entry, end = _decode(piece, position - first)
+                end += first
+            except (ValueError, RecursionError) as error:
+                if whole:
+                    whole, last = False, position  # once more, in pieces: the problem is then where it begins
+                    continue
+                following = next_start(position)
+                yield position, *self.problem(error, position, first, following)
+                if following is None:
+                    return None
+                position = following
+                continue
+            bad = self.escaped and _ESCAPED.search(text, position, end)
+            yield (position, bad.start(), None, _not_utf8(bad[0])) if bad else (position, position, entry, None)
+            end = _skip(text, end)
+            if text.startswith("]", end):
+                return _skip(text, end + 1)
+            if text.startswith(",", end):
+                position = _skip(text, end + 1)
+                continue
+            following = end if text.startswith("{", end) else next_start(end)
+            yield (
+                end,
+                *self.problem(json.JSONDecodeError("Expecting ',' delimiter", "", end - first), end, first, following),
+            )
+            if following is None:
+                return None
+            position = following
+
+    def problem(self, error: Exception, position: int, first: int, following: int | None) -> tuple[int, None, str]:
+        """(where, no entry, the sentence) for an entry at `position`, read from a piece that begins at `first`."""
+        where, sentence = position, _sentence(error)
+        if isinstance(error, json.JSONDecodeError):
+            where = first + error.pos
+            sentence = _broken(where - self.text.rfind("\n", 0, where), error.msg)
+        return where, None, sentence if following else sentence + _UNREAD
+
+    def object(self, start: int) -> Generator[_Found, None, int | None]:
+        """The entries under "conversations" if they are records, else the object itself as the entry."""
+        text, entry, wrapper = self.text, {}, False
+        position = _skip(text, start + 1)
+        while text.startswith('"', position):
+            key, position = _decode(text, position)
+            position = _expect(":", text, _skip(text, position))
+            if key == "conversations" and _holds_records(text, position):
+                wrapper = True
+                position = yield from self.list(position)
+                if position is None:
+                    return None
+            else:  # what a wrapper holds beside its records is passed over, but it must be whole
+                entry[key], position = _decode(text, position)
+                position = _skip(text, position)
+            if not text.startswith(",", position):
+                break
+            position = _expect(",", text, position)
+        end = _expect("}", text, position)
+        if not wrapper:
+            bad = self.escaped
+            yield (start, bad.start(), None, _not_utf8(bad[0])) if bad else (start, start, entry, None)
+        return end
+
+
+def _starts(text: str, position: int) -> Callable[[int], int | None]:
+    """-> where the next entry starts after a position: on a line of its own, indented as the entry at `position`."""
+    indent = text[text.rfind("\n", 0, position) + 1 : position]
+    if indent.strip() or not text.startswith("{", position):
+        return lambda after: None
+    find = re.compile("\n" + re.escape(indent) + r"\{").search
+
+    def next_start(after: int) -> int | None:
+        match = find(text, after)
+        return match and match.end() - 1
+
+    return next_start
+
+
+def _holds_records(text: str, start: int) -> bool:
+    """Whether the value at `start` is a list of records; only its first entry is read."""
+    first = _skip(text, start + 1)
+    return text.startswith("[", start) and text.startswith("{", first) and _is_record(_decode(text, first)[0])
+
+
+def _is_record(entry: Any) -> bool:
+    """Whether an entry under "conversations" is a record rather than a turn of one."""
+    return isinstance(entry, dict) and entry.keys().isdisjoint(("from", "role")) and not entry.keys().isdisjoint(FIELDS)
+
+
+def _skip(text: str, position: int) -> int:
+    """The position of the next character that is not white space."""
+    return _space(text, position).end()
+
+
+def _expect(character: str, text: str, position: int) -> int:
+    """The position after `character` and white space; JSONDecodeError if something else stands there."""
+    if not text.startswith(character, position):
+        raise json.JSONDecodeError(f"Expecting '{character}'", text, position)
+    return _skip(text, position + 1)
+
+
+def _broken(column: int, message: str) -> str:
+    return f"broken JSON at column {column} ({message}): repair or drop this line"
+
+
+def _not_utf8(character: str) -> str:
+    return f"not UTF-8 (byte 0x{ord(character) & 0xFF:02x}): save the file as UTF-8"
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return _broken(error.colno, error.msg)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8"
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply to read: flatten this record"
+    return f"JSON that cannot be read ({error}): repair or drop this line"
