@@ -10,8 +10,11 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ovisnb.chat import Encoded, collate, encode
-from ovisnb.data.formats import read_records
+from ovisnb.data.local import LocalRecords
+from ovisnb.data.media import ImageFolder
+from ovisnb.data.pieces import with_line
 from ovisnb.data.record import Record, RecordError
+from ovisnb.data.stream import RecordStream
 from ovisnb.train.settings import Settings
 
 
@@ -43,14 +46,17 @@ class Encoder:
             return encode(
                 record,
                 self.processor,
-                image_folder=settings.image_folder,
+                image_folder=image_folder(settings),
                 min_pixels=getattr(settings, f"{kind}_min_pixels"),
                 max_pixels=getattr(settings, f"{kind}_max_pixels"),
+                min_frames=settings.min_frames,
+                max_frames=settings.max_frames,
                 max_length=settings.multimodal_max_length if has_media else settings.text_max_length,
             )
         except (ValueError, OSError) as error:
-            where = f" ({record.source})" if record.source else ""
-            named = str(error) if f"record {record.id!r}" in str(error) else f"record {record.id!r}{where}: {error}"
+            named = str(error) if f"record {record.id!r}" in str(error) else f"{record.where}: {error}"
+            if record.source:  # of a stream, which knows the byte
+                named = named.replace(record.source, with_line(record.source))
             raise RecordEncodingError(named) from error
 
 
@@ -85,9 +91,35 @@ def encoded_dataset(records: Any, encoder: Encoder) -> EncodedRecords | EncodedS
     return (EncodedRecords if indexable else EncodedStream)(records, encoder)
 
 
-def read_all(paths: Sequence[str]) -> list[Record]:
-    """The records of several data files, one after the other."""
-    return [record for path in paths for record in read_records(path)]
+def image_folder(settings: Settings) -> ImageFolder | None:
+    """Where pictures lie, and whether absolute paths may lead out of it."""
+    return None if settings.image_folder is None else ImageFolder(settings.image_folder, settings.allow_absolute)
+
+
+def open_records(
+    paths: Sequence[str], settings: Settings, *, names: str | None = None, streaming: bool = False
+) -> LocalRecords | RecordStream:
+    """The records of several data files, read as the settings say: by number, or as a stream in random order.
+
+    `names` are the sets wanted of a data-info file.
+    """
+    reading = {
+        "image_folder": image_folder(settings),
+        "format": "captions" if settings.data_type == "caption" else None,
+        "template": settings.caption_template,
+        "names": names,
+    }
+    return RecordStream(paths, **reading, seed=settings.seed) if streaming else LocalRecords(paths, **reading)
+
+
+def notes_of(records: Any, most: int = 3) -> list[str]:
+    """The first sentences on what reading changed in the records, and how many there are, if any and if known."""
+    if not isinstance(records, LocalRecords):
+        return []
+    notes = records.notes()
+    shown = list(islice(notes, most))
+    more = sum(1 for _ in notes)
+    return [*shown, f"reading changed {more:,} records more: ovisnb data validate lists them"] if more else shown
 
 
 def collate_samples(samples: list[Encoded]) -> dict[str, Any]:

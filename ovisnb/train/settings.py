@@ -52,14 +52,26 @@ class Settings(BaseModel):
     data_path: list[str] = Field([], description="training data file, or several (concatenated)")
     eval_data_path: list[str] = Field([], description="data file(s) for eval_loss")
     image_folder: str | None = Field(None, description="folder that the data's image paths are relative to")
+    allow_absolute: bool = Field(False, description="absolute image paths may lead out of image_folder")
     output_dir: str = Field("outputs/sft", description="the run folder")
     resume: bool = Field(
         True,
         description="continue from the latest complete checkpoint in output_dir, if there "
         "is one; false refuses an output_dir that is not empty",
     )
-    data_name: str | None = Field(None, description="a name for the data, kept in the run's settings.json")
-    data_type: str = Field("conversation", description='"conversation" is the only type')
+    streaming: bool = Field(
+        False,
+        description="read data_path piece by piece while training (.jsonl, .parquet, .tar, patterns); needs max_steps",
+    )
+    data_name: str | None = Field(
+        None, description='a name for the data; of a data-info file, the sets to train on ("photos|captions")'
+    )
+    data_type: str = Field(
+        "conversation", description='"conversation", in any format that is read, or "caption" (picture and caption)'
+    )
+    caption_template: str | None = Field(
+        None, description='the question before a caption, with one <image>; None: the default of "caption" data'
+    )
     stage: str = Field("sft", description='"sft", which the Ovis scripts call 3, is the only stage')
 
     # How long and how fast
@@ -97,6 +109,8 @@ class Settings(BaseModel):
     multiple_image_max_pixels: int | None = Field(None, ge=1)
     video_min_pixels: int | None = Field(None, ge=1, description="of each frame")
     video_max_pixels: int | None = Field(None, ge=1, description="of each frame")
+    min_frames: int | None = Field(None, ge=1, description="fewest frames of a video; shorter ones repeat frames")
+    max_frames: int | None = Field(None, ge=1, description="most frames of a video, taken evenly; None: all")
 
     # What is written, and how often
     logging_steps: int = Field(10, ge=1)
@@ -177,8 +191,12 @@ class Settings(BaseModel):
 
     def _check(self) -> None:
         """Raise SettingsError for values that contradict each other."""
-        if self.data_type != "conversation":
-            raise SettingsError(f'data_type "{self.data_type}" is not known: "conversation" is the only type.')
+        if self.data_type not in ("conversation", "caption"):
+            raise SettingsError(f'data_type "{self.data_type}" is not known: it is "conversation" or "caption".')
+        if self.caption_template is not None and self.data_type != "caption":
+            raise SettingsError('caption_template is given, but data_type is not "caption": change one of them.')
+        if self.allow_absolute and self.image_folder is None:
+            raise SettingsError("allow_absolute is given without an image_folder: give the folder of relative paths.")
         if self.stage != "sft":
             raise SettingsError(f'stage "{self.stage}" is not known: "sft" (or 3) is the only stage.')
         for name in self.trained:
@@ -194,6 +212,8 @@ class Settings(BaseModel):
                 raise SettingsError(f'{switch} contradicts train_modules "{self.train_modules}": remove one.')
         if self.max_steps == 0:
             raise SettingsError("max_steps is 0: give at least 1, or -1 to go by num_train_epochs.")
+        if self.streaming and self.max_steps < 1:
+            raise SettingsError("streaming has no number of steps of its own: give max_steps.")
         if self.bf16 and self.fp16:
             raise SettingsError("bf16 and fp16 are both on: choose one.")
         if self.warmup_ratio and self.warmup_steps:
@@ -202,6 +222,8 @@ class Settings(BaseModel):
             low, high = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
             if low and high and low > high:
                 raise SettingsError(f"{kind}_min_pixels {low} is above {kind}_max_pixels {high}.")
+        if self.min_frames and self.max_frames and self.min_frames > self.max_frames:
+            raise SettingsError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}.")
 
 
 def _known(name: str) -> str:

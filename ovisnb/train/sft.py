@@ -28,14 +28,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
+from ovisnb.data.stream import RecordStream
 from ovisnb.model import load, save
 from ovisnb.train.arguments import training_arguments
 from ovisnb.train.callbacks import MetricsFile, ProgressLines
-from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, read_all
+from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, notes_of, open_records
 from ovisnb.train.modules import freeze
 from ovisnb.train.settings import Settings, SettingsError
+from ovisnb.train.stream import PLACES, EpochOfStream, Places, StreamSamples, stream_loader
 
 SHOWN_TRUNCATIONS = 3
+COUNT = "data_records.json"
 OPTIMIZER_SETTINGS = {"train_modules", "freeze_llm", "freeze_vision_tower", "optim"}  # they shape the optimizer's state
 
 
@@ -51,11 +54,11 @@ def run_sft(
     """Train as the settings say and return the run folder.
 
     train_dataset and eval_dataset are collections of Records (or dicts in the data format) in place of data_path
-    and eval_data_path: a list, anything with __len__ and __getitem__, or any iterable (then max_steps is needed).
-    model and processor come together, in place of model_path.
+    and eval_data_path: a list, anything with __len__ and __getitem__, a RecordStream (each process trains on its
+    part of it) or any iterable (then max_steps is needed). model and processor come together, in place of model_path.
 
-    A stopped run continues from its latest complete checkpoint; on the CPU, with indexable data, it ends in the
-    same weights, bit for bit, as one that was never stopped.
+    A stopped run continues from its latest complete checkpoint; on the CPU, with indexable data or a RecordStream,
+    it ends in the same weights, bit for bit, as one that was never stopped.
 
     Raises SettingsError for settings that cannot work, RecordEncodingError for a record that cannot be encoded,
     FloatingPointError when the loss is no number any more.
@@ -66,6 +69,7 @@ def run_sft(
     records, eval_records = _records(settings, train_dataset, eval_dataset)
     if not hasattr(records, "__len__") and settings.max_steps < 1:
         raise SettingsError("The training data is a stream without a length: give max_steps.")
+    streams = isinstance(records, RecordStream)
     if (model is None) != (processor is None):
         raise SettingsError("model and processor come together: pass both or neither.")
     if (model is None) == (settings.model_path is None):
@@ -89,26 +93,45 @@ def run_sft(
             f"{name} was {changes[name][0]!r} in the run in {folder} and is {changes[name][1]!r} now, which its "
             "optimizer's state does not fit: choose another output_dir, or the earlier value."
         )
+    places = Places(settings.dataloader_num_workers) if streams else None
+    if checkpoint and streams:
+        places.load(checkpoint, arguments)
+    elif checkpoint and (checkpoint / PLACES).exists():
+        raise SettingsError(f"{checkpoint} was trained on a stream: choose another output_dir, or streaming.")
     if arguments.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if changes:
             told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
             print(f"settings changed since then: {told}")
+        if checkpoint and (now := _count(records)) != (then := _count_then(checkpoint, now)):
+            print(
+                f"the training data held {then:,} records then and holds {now:,} now: its order is another, and some "
+                "may come again before this epoch ends"
+            )
         _write_text(folder / "settings.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+        for note in notes_of(records):
+            print(note)
         print("training " + ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in trained.items() if count))
         print(f"run folder {folder}" + (f", continuing from {checkpoint.name}" if checkpoint else ""), flush=True)
 
     encoder = Encoder(processor, settings)
+    if streams:
+        arguments.ignore_data_skip = True  # the streams continue by themselves
+        part = records.shard(arguments.process_index, arguments.world_size)
+        samples = StreamSamples(part, encoder, places)
+    else:
+        samples = encoded_dataset(records, encoder)
     trainer = SftTrainer(
         model=model,
         args=arguments,
         processor=processor,
         data_collator=collate_samples,
-        train_dataset=encoded_dataset(records, encoder),
+        train_dataset=samples,
         eval_dataset=None if eval_records is None else encoded_dataset(eval_records, encoder),
         callbacks=[
             MetricsFile(folder / "metrics.jsonl"),
             ProgressLines(),
+            *([EpochOfStream(places)] if streams else []),
             *_tensorboard(settings, checkpoint),
             *callbacks,
         ],
@@ -150,6 +173,11 @@ class SftTrainer(Trainer):
         per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
+    def get_train_dataloader(self) -> Any:
+        if isinstance(self.train_dataset, StreamSamples):
+            return stream_loader(self.train_dataset, self._train_batch_size, self.args)
+        return super().get_train_dataloader()
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimizer step and their number of supervised tokens, counted on the way."""
         batches, supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -157,6 +185,8 @@ class SftTrainer(Trainer):
             self._begin_counting()
         for batch in batches:
             self._report_dropped(batch.pop("dropped"))
+            if "place" in batch:
+                self.train_dataset.places.advance(batch.pop("place"))
             self.seen["samples_seen"] += len(batch["input_ids"]) * self.args.world_size
             self.seen["tokens_seen"] += batch["attention_mask"].sum() * self.args.world_size
         if supervised is not None:
@@ -214,6 +244,15 @@ class SftTrainer(Trainer):
         # Trainer's count walks over every module in every step and knows nothing of the vision tower's patches.
         return 0
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if isinstance(self.train_dataset, StreamSamples):
+            self.train_dataset.places.save(checkpoint, self.args)
+        elif self.is_world_process_zero():
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            _write_text(checkpoint / COUNT, json.dumps(_count(self.train_dataset)))
+        super()._save_checkpoint(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -242,6 +281,17 @@ def _changes(file: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
     return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
 
 
+def _count(records: Any) -> int | None:
+    """How many records there are, which is what their order is drawn from; None if they have no number."""
+    return len(records) if hasattr(records, "__len__") else None
+
+
+def _count_then(checkpoint: Path, now: int | None) -> int | None:
+    """The number that was written into a checkpoint; `now` where none was."""
+    then = json.loads((checkpoint / COUNT).read_text(encoding="utf-8")) if _is_json(checkpoint / COUNT) else None
+    return now if now is None or then is None else then
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
@@ -253,8 +303,9 @@ def _records(settings: Settings, train: Any, evaluation: Any) -> tuple[Any, Any]
             raise SettingsError(f"{name} and a dataset are both given: choose one.")
     if train is None and not settings.data_path:
         raise SettingsError("There is nothing to train on: give data_path, or a train_dataset.")
-    records = read_all(settings.data_path) if train is None else train
-    eval_records = read_all(settings.eval_data_path) if settings.eval_data_path else evaluation
+    options = {"names": settings.data_name, "streaming": settings.streaming}
+    records = open_records(settings.data_path, settings, **options) if train is None else train
+    eval_records = open_records(settings.eval_data_path, settings) if settings.eval_data_path else evaluation
     for some, name in ((records, "training"), (eval_records, "evaluation")):
         if hasattr(some, "__len__") and len(some) == 0:
             raise SettingsError(f"The {name} data holds no record.")

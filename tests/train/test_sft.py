@@ -165,6 +165,15 @@ def test_a_run_can_go_on_with_other_settings(toy, capsys):
     assert Settings.from_json(folder / "settings.json").max_steps == 4
 
 
+def test_data_that_grew_since_the_checkpoint_is_told(toy, data, capsys):
+    run_sft(toy(max_steps=3))
+    with data.open("a") as file:
+        file.write(data.read_text().splitlines()[5].replace("r5", "r8") + "\n")
+    run_sft(toy(max_steps=4))
+    told = "the training data held 8 records then and holds 9 now: its order is another, and some may come again"
+    assert told in capsys.readouterr().out
+
+
 def test_resume_false_refuses_a_folder_in_use(toy):
     folder = run_sft(toy(max_steps=1))
     with pytest.raises(SettingsError, match="is not empty and resume is false"):

@@ -1,0 +1,250 @@
+"""Local data files of any size as a sequence of records, in memory that does not grow with them.
+
+    records = LocalRecords(["train.jsonl", "more.parquet", "data_info.json"])
+    len(records), records[812_333]
+
+A file is read and checked once, record by record, into a table in the cache folder, which later runs map
+into memory: they open it at once, and what they do not touch is never read. A table belongs to its file's path,
+size and time of change, to the options it was read with, and to the code of the readers; anything else is read
+anew. What reading learned from pictures (a box that was cut to its picture) stays as it was then. The folder
+may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from ovisnb.data.formats import Options, read_entries, to_record
+from ovisnb.data.formats.info import DataSet, mixed, sets_of
+from ovisnb.data.media import Folder
+from ovisnb.data.pieces import files_of
+from ovisnb.data.record import Record, RecordError
+from ovisnb.data.tar import is_tar
+
+_BATCH_ROWS, _BATCH_BYTES = 1000, 8 << 20
+_READ_ROWS = 32  # read at once by a loop: few, because a row may hold pictures
+_BYTES = "\0bytes"  # the key that stands in JSON for a picture's bytes, beside their number
+
+
+class LocalRecords(Sequence[Record]):
+    """The records of data files, one file after the other, by number.
+
+    `paths`: one file or several, also patterns ("train-*.jsonl"), in any format that `read_records` reads. The sets
+    of a data-info file that have weights are mixed as `ovisnb.data.formats.info` says, and `names` ("photos|captions")
+    chooses some of them. The other arguments are those of `read_records`; `cache_folder` is by default a folder in that
+    of Hugging Face's datasets. Several processes may open the same files at once: one reads, and the others wait for it.
+
+    Raises RecordError, one sentence with file and line, where `read_records` would. Pictures are not opened.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        image_folder: Folder = None,
+        format: str | None = None,
+        template: str | None = None,
+        names: str | None = None,
+        cache_folder: str | os.PathLike[str] | None = None,
+    ):
+        from datasets import concatenate_datasets
+
+        if isinstance(paths, (str, os.PathLike)):
+            paths = [paths]
+        cache = _default_cache() if cache_folder is None else Path(cache_folder)
+        tables, numbers, start = [], array("q"), 0
+        for path in (found for one in paths for found in files_of(one)):
+            sets = sets_of(path, names=names, format=format, template=template)
+            opened = [_open(data_set, image_folder, template, cache) for data_set in sets]
+            ranges = []
+            for table in opened:
+                ranges.append(range(start, start + len(table)))
+                start += len(table)
+            tables += opened
+            if sets[0].weight is None:
+                order = (number for numbers_of in ranges for number in numbers_of)
+            else:
+                order = mixed([functools.partial(iter, some) for some in ranges], [some.weight for some in sets])
+            numbers.extend(order)
+        self.table = concatenate_datasets(tables).with_format("arrow") if tables else ()
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return list(self._records(self.numbers[index]))
+        [row] = self.table[self.numbers[index]].to_pylist()
+        return _record(row)
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._records(self.numbers)
+
+    def notes(self) -> Iterator[str]:
+        """What reading changed, a sentence each, with the record's place: "train.jsonl:12: the box ... was cut"."""
+        if not self.numbers:
+            return
+        for rows in self.table.select_columns(["source", "notes"]).iter(batch_size=10_000):
+            for row in rows.filter([bool(notes) for notes in rows["notes"].to_pylist()]).to_pylist():
+                yield from (f"{row['source']}: {note}" for note in row["notes"])
+
+    def _records(self, numbers: array) -> Iterator[Record]:
+        for start in range(0, len(numbers), _READ_ROWS):
+            for row in self.table[numbers[start : start + _READ_ROWS].tolist()].to_pylist():
+                yield _record(row)
+
+
+def _default_cache() -> Path:
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "ovisnb_records"
+
+
+def _open(data_set: DataSet, image_folder: Folder, template: str | None, cache: Path) -> Any:
+    """The table of one data file as a datasets.Dataset, written first if it is not there."""
+    from datasets import Dataset
+    from filelock import FileLock
+
+    options = data_set.options(image_folder, template)
+    file = cache / f"{_key(data_set, options)}.arrow"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                for left in cache.glob(f"{file.stem}.*.tmp"):  # by a process that was killed
+                    left.unlink()
+                _write(file, data_set, options)
+    return Dataset.from_file(str(file))
+
+
+def _key(data_set: DataSet, options: Options) -> str:
+    """What a table is known by. Missing files are refused by the reader, in its words."""
+    told = data_set.path.stat() if data_set.path.exists() else None
+    folder = options.image_folder
+    facts = [
+        _reader_version(),
+        str(data_set.path),
+        str(data_set.path.absolute()),
+        told and (told.st_size, told.st_mtime_ns),
+        data_set.format,
+        data_set.folder,
+        options.template,
+        folder and (os.path.abspath(folder), getattr(folder, "allow_absolute", False)),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _reader_version() -> str:
+    """A digest of the code that turns a file into records: tables written by other code are not trusted."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in [*sorted(here.glob("formats/*.py")), *(here / f"{name}.py" for name in _READ_WITH)]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+_READ_WITH = ("boxes", "local", "markup", "media", "record")
+
+
+def _write(file: Path, data_set: DataSet, options: Options) -> None:
+    """The table of a data file: whole, under its name, or not at all."""
+    import pyarrow as pa
+
+    fields = {"record": pa.binary(), "pictures": pa.list_(pa.binary()), "source": pa.string()}
+    schema = pa.schema({**fields, "folder": pa.string(), "notes": pa.list_(pa.string())})
+    before = _key(data_set, options)
+    handle, unfinished = tempfile.mkstemp(".tmp", f"{file.stem}.", file.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            with pa.ipc.new_stream(out, schema) as writer:
+                for rows in _batches(_rows(data_set, options)):
+                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+            out.flush()
+            os.fsync(out.fileno())  # the name must not outlive a power cut that the contents do not
+        if _key(data_set, options) != before:
+            raise RecordError(f"{data_set.path} changed while it was read: start again")
+        os.replace(unfinished, file)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:
+    """Each record of a file, checked, as a row of its table."""
+    rows = read_entries(
+        data_set.path, image_folder=options.image_folder, format=data_set.format, template=options.template
+    )
+    with data_set.path.open("rb") as file:
+        if is_tar(file):  # a table would hold all of its pictures once more
+            raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
+    for index, (line, entry, problem) in enumerate(rows):
+        source = f"{data_set.path}:{line}"
+        if problem is not None:
+            raise RecordError(f"{source}: {problem}")
+        record = to_record(entry, source=source, index=index, options=options)
+        pictures: list[bytes] = []
+        yield {
+            "record": _to_json({**entry, "id": record.id}, pictures, record),
+            "pictures": pictures,
+            "source": record.source,
+            "folder": data_set.folder or record.folder,
+            "notes": list(record.notes),
+        }
+
+
+def _to_json(entry: dict, pictures: list[bytes], record: Record) -> bytes:
+    """The record form as JSON; bytes go to `pictures`, and what JSON has no form for (a date, say) becomes text."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            pictures.append(bytes(value))
+            return {_BYTES: len(pictures) - 1}
+        return str(value)
+
+    try:
+        return json.dumps(entry, ensure_ascii=False, default=other).encode("utf-8", "surrogatepass")
+    except (RecursionError, TypeError, ValueError) as error:
+        raise RecordError(f"{record.where} cannot be kept ({error}): simplify it") from None
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows in batches of a bounded size in memory."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row["record"]) + sum(map(len, row["pictures"]))
+        if len(batch) == _BATCH_ROWS or size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _record(values: dict[str, Any]) -> Record:
+    """The record of a row of the table."""
+    pictures = values["pictures"]
+
+    def with_bytes(value: dict) -> Any:
+        number = value.get(_BYTES) if len(value) == 1 else None
+        return pictures[number] if isinstance(number, int) and 0 <= number < len(pictures) else value
+
+    text = values["record"].decode("utf-8", "surrogatepass")
+    record = Record.from_dict(json.loads(text, object_hook=with_bytes if pictures else None), source=values["source"])
+    if values["folder"] is None and not values["notes"]:
+        return record
+    return record.model_copy(update={"folder": values["folder"], "notes": tuple(values["notes"])})
