@@ -3,6 +3,7 @@
     ovisnb train sft.json --learning_rate 1e-4
     ovisnb infer --model_path data/tiny-ovis --image_path cat.jpg --question "What is it?"
     ovisnb run notebooks/03_sft.ipynb -p max_steps 20
+    ovisnb data validate train.json images
     ovisnb demo
 
 Each command imports what it needs when it is called, so that `ovisnb --help` answers at once. What goes
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ovisnb import __version__
+from ovisnb.cli_data import add_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the executed notebook (default: in a new folder in outputs/); its page is beside it as .html",
     )
     command.set_defaults(call=run)
+
+    add_data(commands)
 
     command = commands.add_parser("demo", help="run the notebooks on the shipped data into outputs/demo")
     command.set_defaults(call=demo)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from .boxes import format_box, format_point
+from .markup import BOX_REQUEST, POINT_REQUEST
 from .shapes_scene import COLOURS, SHAPES, SceneObject
 
 Objects = Sequence[SceneObject]
@@ -28,8 +29,6 @@ KINDS = {
     "read": 1.0,
 }
 
-BOX_REQUEST = "Please provide the bounding box coordinates."
-POINT_REQUEST = "Please provide the point coordinates."
 CLEAR_DISTANCE = 4 / 64  # centres closer than this along an axis are not asked about: nobody could say
 CLEAR_SIDE = 3 / 64
 LOCATE_ALL = ("find_all", "list")

@@ -1,0 +1,292 @@
+"""The commands `ovisnb data ...`: make a sample, check, split, convert and measure data files.
+
+    ovisnb data sample data/sample.json --num_samples 20
+    ovisnb data validate train.json images --json faults.json --fix
+    ovisnb data split full.json --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
+    ovisnb data convert annotations.jsonl records.json --boxes normalised --image_folder images
+    ovisnb data stats train.json images --model data/tiny-ovis --max_length 4096
+
+Exit code 0 where all is well, 1 where something is wrong with the data, 2 for a mistake in the command line.
+Nothing is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_FORMS = "single, crop, several_pictures, thinking, system, text, turns, video"
+_CONVENTIONS = ("pixels", "normalised", "thousand")
+
+
+def add_data(commands: Any) -> None:
+    """Add `data` and its commands to the subparsers of `ovisnb`."""
+    data = commands.add_parser("data", help="make, check, split, convert and measure data files", allow_abbrev=False)
+    parts = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_sample(parts)
+    _add_validate(parts)
+    _add_split(parts)
+    _add_convert(parts)
+    _add_stats(parts)
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Write a small data set of coloured shapes."""
+    from ovisnb.data.sample import make_sample
+
+    path = make_sample(arguments.out, arguments.num_samples, seed=arguments.seed, kinds=arguments.kinds)
+    _say(f"{_records(arguments.num_samples)} written to {path}, their pictures to {path.stem}_images beside it")
+    _say(f"check them: ovisnb data validate {path} {path.parent}")
+    return 0
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    """List everything that is wrong with a data file and its pictures, in one pass."""
+    _check_json(arguments)
+    if arguments.max_length is not None and arguments.model is None:
+        arguments.parser.error("--max_length counts tokens, which depend on the model: name it with --model")
+    from ovisnb.data.checks import validate
+    from ovisnb.data.checks.fix import fix
+    from ovisnb.data.checks.pictures import Pictures
+    from ovisnb.data.files import wants_lines
+
+    options = {name: getattr(arguments, name) for name in ("max_length", "max_area", "against", "format", "template")}
+    options |= {name: getattr(arguments, name) for name in _LIMITS}
+    options |= {"processor": _processor(arguments.model), "ignore": arguments.ignore}
+    if arguments.fix and arguments.fix.name and arguments.fix.exists():
+        raise FileExistsError(f"{arguments.fix} is there already: remove it, or give --fix another name")
+    if arguments.fix and arguments.fix.name:
+        wants_lines(arguments.fix)  # a name that says nothing is refused before the work
+    folder = _folder(arguments)
+    with Pictures(folder, max_area=arguments.max_area, contents=bool(arguments.against)) as pictures:
+        options["pictures"] = pictures
+        report = validate(arguments.file, folder, **options, progress=True)
+        _say(report.text(arguments.show))
+        if arguments.json:
+            report.write_json(arguments.json)
+            _say(f"\nall faults: {arguments.json}")
+        if arguments.fix is not None:
+            out = arguments.fix if arguments.fix.name else None
+            _say("\n" + fix(arguments.file, out, folder, **options).text())
+    return 0 if report.clean else 1
+
+
+def split(arguments: argparse.Namespace) -> int:
+    """Write FILE_train, FILE_val and FILE_test. All records of a picture go into the same one."""
+    from ovisnb.data.split import check_ratios, split
+
+    ratios = {name: getattr(arguments, name) for name in ("train_ratio", "val_ratio", "test_ratio")}
+    try:
+        check_ratios(ratios)
+    except ValueError as error:
+        arguments.parser.error(str(error))
+    options = {"seed": arguments.seed, "output_dir": arguments.output_dir, "format": arguments.format}
+    _say(split(arguments.file, **ratios, **options, image_folder=_folder(arguments), progress=True).text())
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Write a data file in another format, or with its coordinates in another convention."""
+    from ovisnb.data.checks.faults import plain
+    from ovisnb.data.convert import convert_file
+
+    names = ("to", "boxes", "calls", "pictures", "format", "template")
+    options = {name: getattr(arguments, name) for name in names}
+    done = convert_file(arguments.source, arguments.out, **options, image_folder=_folder(arguments))
+    _say(f"{_records(done.records)} written to {done.path}")
+    if arguments.pictures and arguments.pictures.is_dir():
+        _say(f"pictures written to {arguments.pictures}: give it as the image folder of {done.path}")
+    for note in done.notes[:10]:
+        _say(f"  {plain(note)}")
+    if len(done.notes) > 10:
+        _say(f"  ... and {len(done.notes) - 10:,} more notes")
+    return 0
+
+
+def stats(arguments: argparse.Namespace) -> int:
+    """Print the numbers of a data file: kinds, turns, pictures, boxes and, with a model, tokens."""
+    _check_json(arguments)
+    for name in ("max_length", "batch_tokens", "batch_images"):
+        if getattr(arguments, name) is not None and arguments.model is None:
+            arguments.parser.error(f"--{name} needs tokens, which depend on the model: name it with --model")
+    from ovisnb.data.files import write_json
+    from ovisnb.data.stats import summarise_file
+    from ovisnb.data.stats_text import padding_of, stats_dict, stats_text
+
+    limits = {name: getattr(arguments, name) for name in _LIMITS}
+    options = {"format": arguments.format, "template": arguments.template, "progress": True}
+    found = summarise_file(
+        arguments.file, _processor(arguments.model), image_folder=_folder(arguments), **options, **limits
+    )
+    padding = padding_of(found, arguments.batch_tokens, arguments.batch_images, arguments.max_length)
+    _say(stats_text(found, arguments.max_length, padding))
+    if arguments.json:
+        write_json(stats_dict(found, arguments.max_length, padding), arguments.json)
+    return 0
+
+
+_LIMITS = ("min_pixels", "max_pixels", "min_frames", "max_frames")
+
+
+def _command(parts: Any, call: Callable[[argparse.Namespace], int], help: str, **more: Any) -> argparse.ArgumentParser:
+    """The parser of one command, called as the function that does it and described by its docstring."""
+    command = parts.add_parser(call.__name__, help=help, description=call.__doc__, allow_abbrev=False, **more)
+    command.set_defaults(call=call, parser=command)
+    return command
+
+
+def _add_sample(parts: Any) -> None:
+    command = _command(parts, sample, "write a small data set to try things with")
+    command.add_argument("out", metavar="OUT", type=Path, help="the .json or .jsonl file; pictures go beside it")
+    command.add_argument("--num_samples", type=int, default=20, metavar="N", help="records (default: 20)")
+    command.add_argument("--seed", type=int, default=0, help="another seed, other records (default: 0)")
+    command.add_argument("--kinds", nargs="+", metavar="KIND", help=f"some of {_FORMS} (default: all in turn)")
+
+
+def _add_validate(parts: Any) -> None:
+    command = _command(parts, validate, "list everything that is wrong with a data file")
+    _add_file(command, "folder")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write one entry a fault: kind, id, line, message")
+    command.add_argument(
+        "--fix",
+        nargs="?",
+        const=Path(),
+        type=Path,
+        metavar="OUT",
+        help="write a cleaned copy (default: FILE_clean beside FILE); FILE itself is never touched",
+    )
+    command.add_argument(
+        "--against", nargs="+", default=[], type=Path, metavar="FILE", help="other splits, to find pictures in both"
+    )
+    command.add_argument(
+        "--ignore", nargs="+", action="extend", default=[], type=_kind, metavar="KIND", help="kinds not to report"
+    )
+    command.add_argument("--show", type=int, default=5, metavar="N", help="faults of a kind to print (default: 5)")
+    command.add_argument(
+        "--max_area", type=int, metavar="N", help="most pixels a picture may have (default: 89,478,485)"
+    )
+    _add_tokens(command)
+    usual = command.format_help  # only for the help: argparse shows the usage with every mistake
+    command.format_help = lambda: f"{usual()}\nkinds of faults:\n{_kinds()}\n"
+
+
+def _add_split(parts: Any) -> None:
+    command = _command(parts, split, "split a data file into train, val and test")
+    _add_file(command, "option", template=False)
+    for name, share in (("train", 0.8), ("val", 0.1), ("test", 0.1)):
+        command.add_argument(f"--{name}_ratio", type=float, default=share, metavar="R", help=f"(default: {share})")
+    command.add_argument("--seed", type=int, default=0, help="another seed, another split (default: 0)")
+    command.add_argument("--output_dir", type=Path, metavar="DIR", help="where the files go (default: beside FILE)")
+
+
+def _add_convert(parts: Any) -> None:
+    command = _command(parts, convert, "write a data file in another format or convention of coordinates")
+    command.add_argument("source", metavar="IN", type=Path, help="the data file")
+    command.add_argument("out", metavar="OUT", type=Path, help="the file to write")
+    command.add_argument("--to", metavar="FORMAT", help="the format of OUT (default: records)")
+    command.add_argument("--boxes", choices=_CONVENTIONS, help="what <box> and <point> shall hold")
+    command.add_argument("--calls", choices=_CONVENTIONS, help="what tool calls shall hold")
+    command.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="where pictures that lie in IN itself are written"
+    )
+    _add_reading(command, "option")
+
+
+def _add_stats(parts: Any) -> None:
+    command = _command(parts, stats, "print the numbers of a data file")
+    _add_file(command, "folder")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
+    command.add_argument("--batch_tokens", type=int, metavar="N", help="most tokens of a planned batch")
+    command.add_argument("--batch_images", type=int, metavar="N", help="most pictures of a planned batch")
+    _add_tokens(command)
+
+
+def _add_file(command: argparse.ArgumentParser, folder: str, template: bool = True) -> None:
+    command.add_argument("file", metavar="FILE", type=Path, help="the data file, of any format that is read")
+    _add_reading(command, folder, template)
+
+
+def _add_reading(command: argparse.ArgumentParser, folder: str, template: bool = True) -> None:
+    """How a data file is read; `folder` says whether IMAGE_FOLDER is an argument of its own or an option."""
+    name = ["image_folder"] if folder == "folder" else ["--image_folder"]
+    extra = {"nargs": "?"} if folder == "folder" else {}
+    command.add_argument(*name, **extra, metavar="IMAGE_FOLDER", type=Path, help="where the paths of pictures start")
+    command.add_argument("--allow_absolute", action="store_true", help="take absolute paths from anywhere")
+    command.add_argument("--format", metavar="NAME", help="the format of the file (default: told by its rows)")
+    if template:
+        command.add_argument("--template", metavar="TEXT", help="the question that goes with captions")
+
+
+def _add_tokens(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="PATH", help="checkpoint folder or hub id, to count tokens with")
+    command.add_argument("--max_length", type=int, metavar="N", help="the limit of a sample in tokens")
+    command.add_argument(
+        "--min_pixels", type=int, metavar="N", help="pictures are enlarged to this (default: the model's)"
+    )
+    command.add_argument(
+        "--max_pixels", type=int, metavar="N", help="pictures are shrunk to this (default: the model's)"
+    )
+    command.add_argument("--min_frames", type=int, metavar="N", help="least frames taken of a video")
+    command.add_argument("--max_frames", type=int, metavar="N", help="most frames taken of a video")
+
+
+def _kinds() -> str:
+    """The table of kinds for the help of `validate`, read only when somebody asks."""
+    from ovisnb.data.checks.faults import KINDS
+
+    width = max(map(len, KINDS))
+    return "\n".join(f"  {kind:<{width}}  {sentence}" for kind, sentence in KINDS.items())
+
+
+def _check_json(arguments: argparse.Namespace) -> None:
+    """Refuse a --json FILE that is one of the files that are read."""
+    read = [arguments.file, *getattr(arguments, "against", ())]
+    if (
+        arguments.json
+        and arguments.json.exists()
+        and any(one.exists() and arguments.json.samefile(one) for one in read)
+    ):
+        arguments.parser.error(f"--json would replace {arguments.json}, which is only read: give another name")
+
+
+def _kind(name: str) -> str:
+    from ovisnb.data.checks.faults import check_kinds
+
+    try:
+        return check_kinds([name])[0]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _folder(arguments: argparse.Namespace) -> Any:
+    """The image folder as the data room takes it."""
+    folder = arguments.image_folder
+    if folder is not None and not folder.is_dir():
+        raise NotADirectoryError(f"the image folder {folder} is not a folder: give the folder of the pictures")
+    if not arguments.allow_absolute:
+        return folder
+    from ovisnb.data.media import ImageFolder
+
+    return ImageFolder(folder or Path(), allow_absolute=True)
+
+
+def _processor(model: str | None) -> Any:
+    if model is None:
+        return None
+    from ovisnb.model.checkpoint import load_processor
+    from ovisnb.paths import resolve_model
+
+    return load_processor(resolve_model(model))
+
+
+def _records(count: int) -> str:
+    return f"{count:,} {'record' if count == 1 else 'records'}"
+
+
+def _say(text: str) -> None:
+    """Print, also where the terminal cannot show every character."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))

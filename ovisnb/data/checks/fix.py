@@ -1,0 +1,226 @@
+"""Fix: a cleaned copy of a data file; the file itself is never touched.
+
+    fixed = fix("train.jsonl", image_folder="images")    # writes train_clean.jsonl
+    print(fixed.text())
+
+What can be repaired for certain is repaired (`ovisnb.data.checks.repair`; an id that is taken becomes "id-2"),
+records that still have a fault are left out, and both are listed by kind and id. The copy is then
+checked again, until nothing is found but `LEFT`, which is in the pictures and not in the records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ovisnb.data.checks import named, problem_kind, validate
+from ovisnb.data.checks.faults import Report, plain
+from ovisnb.data.checks.pictures import Pictures, number_of
+from ovisnb.data.checks.record import Found, check_entry
+from ovisnb.data.checks.repair import cut_picture, repair
+from ovisnb.data.checks.whole import near
+from ovisnb.data.files import LINES_SUFFIXES, wants_lines, write_rows
+from ovisnb.data.formats import Options, Row, read_entries
+from ovisnb.data.formats.info import is_info
+from ovisnb.data.media import Folder
+from ovisnb.data.record import RecordError
+
+LEFT = ("animated_picture", "turned_picture")
+"""Kinds that stay in a cleaned copy: the records are sound, and pictures are not rewritten."""
+
+_OF_TWO = ("duplicate_id", "near_duplicate_id", "duplicate_record", "split_leak")
+_OTHER_LINE = re.compile(r"(?<=^line )\d+(?= has this id)|(?<=(?:of|in) line )\d+(?= differs|:)")
+
+
+@dataclass
+class Fixed:
+    """What `fix` did; `repaired` and `left_out` list it by kind and id, with the lines of the input."""
+
+    path: Path
+    records: int
+    """Records in the cleaned copy."""
+    repaired: Report
+    left_out: Report
+    """One line for each reason; `left_out.faulty` counts the records."""
+    remaining: Report
+    """What checking the copy found last: nothing but kinds of LEFT and ignored ones."""
+
+    def text(self) -> str:
+        """For a person; safe to print."""
+        out = self.left_out.faulty
+        written = f"{self.records:,} {'record' if self.records == 1 else 'records'} written"
+        lines = [f"{plain(str(self.path))}: {written}, {self.repaired.faulty:,} of them repaired, {out:,} left out"]
+        for title, report in (("repaired", self.repaired), ("left out", self.left_out), ("stays", self.remaining)):
+            for line in report.listing(sentences=False):
+                lines.append(f"  {line}" if line.startswith(" ") else f"  {title}: {line}")
+        return "\n".join(lines)
+
+
+def clean_name(path: str | os.PathLike[str]) -> Path:
+    """Where the cleaned copy goes by default: "train_clean.jsonl" beside "train.jsonl"."""
+    path = Path(path)
+    suffix = path.suffix if path.suffix in (*LINES_SUFFIXES, ".json") else ".jsonl"
+    return path.with_name(f"{path.stem}_clean{suffix}")
+
+
+def fix(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    image_folder: Folder = None,
+    *,
+    ignore: Iterable[str] = (),
+    format: str | None = None,
+    template: str | None = None,
+    pictures: Pictures | None = None,
+    **options: Any,
+) -> Fixed:
+    """Write a cleaned copy of `path` to `out` (a JSON list or JSON lines, by its name) in the record form.
+
+    `format`, `template`, `pictures` and `options` are those of `validate`; kinds in `ignore` are neither repaired
+    nor a reason to leave a record out.
+    Raises RecordError if `out` is the input itself or one of the files checked `against`, and for a file
+    whose pictures lie in its rows or in several folders: `ovisnb data convert` makes one of those first.
+    """
+    path, out = Path(path), clean_name(path) if out is None else Path(out)
+    wants_lines(out)  # refuses a name that says nothing
+    for taken in (path, *map(Path, options.get("against", ()))):
+        if out.exists() and taken.exists() and out.samefile(taken):
+            raise RecordError(f"the cleaned copy {out} would replace {taken}, which is only read: give another name")
+    if is_info(path):
+        raise RecordError(f"{path} names several data sets: clean their files one by one")
+    ignore = tuple(ignore)
+    repaired, left_out = Report(os.fspath(path)), Report(os.fspath(path))
+    contents = bool(options.get("against"))
+    looking = pictures or Pictures(image_folder, max_area=options.get("max_area"), contents=contents)
+    with nullcontext(looking) if pictures else looking, tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / f"{out.stem}.jsonl"
+        rows = read_entries(path, image_folder=image_folder, format=format, template=template)
+        work = _Work(path, looking, repaired, left_out, ignore)
+        write_rows(work.rows(rows), copy)
+        while True:
+            if not work.lines:
+                remaining = Report(os.fspath(out), ignore)
+                break
+            remaining = validate(copy, image_folder, ignore=ignore, pictures=looking, format="records", **options)
+            drop = work.drop(fault for fault in remaining if fault.kind not in LEFT)
+            if not drop:
+                break
+            rest = (row.entry for row in read_entries(copy, format="records") if row.line not in drop)
+            write_rows(rest, copy)  # it appears when all of it is written, so it may be read meanwhile
+        records = (row.entry for row in read_entries(copy, format="records")) if work.lines else iter(())
+        write_rows(records, out)
+    return Fixed(out, len(work.lines), repaired, left_out, _moved(remaining, out))
+
+
+def _moved(report: Report, path: Path) -> Report:
+    """The report of a file that now lies at `path`."""
+    moved = Report(os.fspath(path), report.ignore)
+    moved.rows, moved.records, moved.pictures, moved.faulty = (
+        report.rows,
+        report.records,
+        report.pictures,
+        report.faulty,
+    )
+    for fault in report:
+        moved.add(fault.kind, fault.id, fault.line, fault.message)
+    return moved
+
+
+class _Work:
+    """Repairs entries one after another, and remembers which line of the input each line of the copy was."""
+
+    def __init__(self, path: Path, pictures: Pictures, repaired: Report, left_out: Report, ignore: tuple[str, ...]):
+        self.path, self.pictures, self.ignore = path, pictures, ignore
+        self.repaired, self.left_out = repaired, left_out
+        self.lines: list[int] = []
+        self.unnamed: list[int | None] = []  # of each line of the copy, the number in the input of a record without id
+        self.ids: set[int] = set()
+        self.near: set[int] = set()
+
+    def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+        """The repaired entries of the rows that can be read."""
+        options = Options(self.path)
+        for index, row in enumerate(rows):
+            if row.problem is not None or not isinstance(row.entry, dict):
+                name, problem = named(row.problem or "a record is an object")
+                self.left_out.add(problem_kind(problem), name, row.line, problem)
+                self.left_out.faulty += 1
+                continue
+            checked = check_entry(row.entry, source=f"{self.path}:{row.line}", index=index, options=options)
+            if any(picture.media.data is not None for picture in checked.pictures):
+                raise RecordError(
+                    f"{self.path}:{row.line}: pictures lie in the rows: write them as files first: "
+                    "`ovisnb data convert IN OUT --pictures DIR`"
+                )
+            entry, done = self._repaired(row.entry, checked)
+            done += [found for found in checked.faults if found.message in getattr(row.entry, "notes", ())]
+            done += self._own_id(entry)
+            try:
+                text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+                text.encode("utf-8")
+            except (TypeError, ValueError, RecursionError) as error:
+                kind = "not_utf8" if isinstance(error, UnicodeEncodeError) else "broken_json"
+                self.left_out.add(kind, checked.name, row.line, "cannot be written as JSON in UTF-8")
+                self.left_out.faulty += 1
+                continue
+            for found in done:
+                self.repaired.add(found.kind, checked.name, row.line, found.message)
+            self.repaired.faulty += bool(done)
+            self.lines.append(row.line)
+            self.unnamed.append(index if entry.get("id") is None else None)
+            yield entry
+
+    def drop(self, faults: Iterable) -> set[int]:
+        """The lines of the copy with these faults, which are left out from now on."""
+        lines = set()
+        for fault in faults:
+            lines.add(fault.line)
+            at = fault.line - 1
+            name = fault.id if self.unnamed[at] is None else f"{self.path.stem}-{self.unnamed[at]}"
+            said = fault.message
+            if fault.kind in _OF_TWO:  # names the line of another record
+                said = _OTHER_LINE.sub(lambda match: str(self.lines[int(match[0]) - 1]), said)
+            self.left_out.add(fault.kind, name, self.lines[at], said)
+        self.left_out.faulty += len(lines)
+        self.lines = [line for at, line in enumerate(self.lines, 1) if at not in lines]
+        self.unnamed = [number for at, number in enumerate(self.unnamed, 1) if at not in lines]
+        return lines
+
+    def _repaired(self, entry: dict, checked) -> tuple[dict, list[Found]]:
+        looks = [(one, self.pictures.look(one.media, one.folder).result().size) for one in checked.pictures]
+        known = all(size for _, size in looks)
+        entry, done = repair(entry, [size for one, size in looks if one.box is None] if known else None, self.ignore)
+        if "box_outside" not in self.ignore:
+            for one, size in looks:
+                key, at = one.name.rpartition("`")[0].rpartition("`")[2], int(one.name.split()[1]) - 1
+                if size is None or one.box is None:
+                    continue
+                if isinstance(entry[key], list):
+                    entry[key][at] = cut_picture(entry[key][at], one.name, size, done)
+                else:
+                    entry[key] = cut_picture(entry[key], one.name, size, done)
+        return entry, done
+
+    def _own_id(self, entry: dict) -> list[Found]:
+        """Give the entry an id of its own if its id, or one nearly the same, was there before."""
+        name = entry.get("id")
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            return []
+        own, number = str(name), 2
+        kind = "duplicate_id" if number_of(own) in self.ids else "near_duplicate_id"
+        while kind not in self.ignore and number_of(near(own)) in self.near:
+            own, number = f"{name}-{number}", number + 1
+        self.ids.add(number_of(str(name)))
+        self.near.add(number_of(near(own)))
+        if own == str(name):
+            return []
+        entry["id"] = own
+        taken = "was taken" if kind == "duplicate_id" else "is nearly that of another record"
+        return [Found(kind, f"the id {str(name)!r} {taken}: this one became {own!r}")]

@@ -1,0 +1,281 @@
+"""Split: one data file into train, val and test, with all records of a picture in the same one.
+
+    done = split("full.json", train_ratio=0.8, val_ratio=0.1, test_ratio=0.1, seed=0, image_folder="images")
+    done.paths["train"], done.counts["train"]    # full_train.json, 812
+
+Pictures are the same if their paths lead to the same file or the files have the same bytes; a record
+with several pictures or frames binds all of them together. The groups that arise so are dealt out, the
+largest first and otherwise in an order that the seed decides, each to the split that lacks most: the
+shares come as close to the ratios as the groups allow. Rows are written as they stand in the file.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ovisnb.data.checks.pictures import file_number, number_of
+from ovisnb.data.files import LINES_SUFFIXES, row_json, written, written_rows
+from ovisnb.data.formats import Options, Row, entries_of, read_rows, reader_of
+from ovisnb.data.formats.info import is_info
+from ovisnb.data.formats.rows import is_lines
+from ovisnb.data.media import Folder, MediaError, find_file
+from ovisnb.data.record import RecordError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Split:
+    """What `split` wrote; only splits with a ratio above 0 are there."""
+
+    paths: dict[str, Path]
+    counts: dict[str, int]
+    """Rows of each."""
+    ratios: dict[str, float]
+    groups: int
+    """Groups of rows that share pictures."""
+    largest: int
+    """Rows of the largest group."""
+    notes: list[str] = field(default_factory=list)
+    """One sentence for each thing a person should know."""
+
+    def text(self) -> str:
+        """For a person."""
+        total = sum(self.counts.values())
+        lines = []
+        for name, path in self.paths.items():
+            share = self.counts[name] / total if total else 0
+            lines.append(f"{path}: {self.counts[name]:,} of {total:,} ({share:.1%}, asked for {self.ratios[name]:.1%})")
+        lines.append(f"groups that share no picture: {self.groups:,}; records in the largest: {self.largest:,}")
+        return "\n".join(lines + self.notes)
+
+
+def split(
+    path: str | os.PathLike[str],
+    *,
+    train_ratio: float = 0.8,
+    val_ratio: float = 0.1,
+    test_ratio: float = 0.1,
+    seed: int = 0,
+    output_dir: str | os.PathLike[str] | None = None,
+    image_folder: Folder = None,
+    format: str | None = None,
+    progress: bool = False,
+) -> Split:
+    """Write FILE_train, FILE_val and FILE_test into `output_dir` (by default beside the file), in the file's form.
+
+    The same file, ratios and seed give the same splits. Every row is in exactly one of them. A file that
+    holds everything in one object (COCO) is written as records. Raises ValueError for ratios that are no
+    shares of one whole; RecordError for a row that cannot be read.
+    """
+    path = Path(path)
+    ratios = dict(zip(SPLITS, (train_ratio, val_ratio, test_ratio)))
+    check_ratios(ratios)
+    if is_info(path):
+        raise RecordError(f"{path} names several data sets: split their files one by one")
+    source = _Rows(path, Options(path, image_folder), format)
+    groups = _Groups(image_folder)
+    from tqdm import tqdm
+
+    for pictures in tqdm(source.pictures(), path.name[:40], unit=" rows", disable=None if progress else True):
+        groups.add(pictures)
+    places, sizes = _dealt(groups.roots(), ratios, seed)
+    if not places:
+        raise RecordError(f"{path} holds no records: there is nothing to split")
+    folder = path.parent if output_dir is None else Path(output_dir)
+    names = [name for name in SPLITS if ratios[name]]
+    paths = {name: folder / f"{path.stem}_{name}{source.suffix}" for name in names}
+    source.write(places, [paths.get(name) for name in SPLITS])
+    tally = Counter(places)
+    done = Split(paths, {name: tally[SPLITS.index(name)] for name in names}, ratios, len(sizes), max(sizes, default=0))
+    if source.whole:
+        done.notes.append(f"{path.name} holds everything in one object: its splits are written as records")
+    done.notes += [f"{name} is empty: its share is less than a group" for name in names if not done.counts[name]]
+    for name in SPLITS:
+        old = folder / f"{path.stem}_{name}{source.suffix}"
+        if name not in paths and old.exists():
+            done.notes.append(f"{old} is of an earlier split and may hold the same pictures: remove it")
+    return done
+
+
+class _Groups:
+    """Which rows belong together: a forest over their numbers, joined wherever a picture is met again."""
+
+    def __init__(self, image_folder: Folder):
+        self.folder = image_folder
+        self.parent = array("q")
+        self.files: dict[int, int] = {}  # number of a file -> a row with it
+        self.contents: dict[int, int] = {}
+        self.alone: dict[int, tuple[Path, int] | None] = {}  # size in bytes -> the only file of it, not yet read
+
+    def add(self, pictures: Iterable[str | bytes]) -> None:
+        """The next row, with the paths or bytes of its pictures."""
+        row = len(self.parent)
+        self.parent.append(row)
+        for picture in pictures:
+            if isinstance(picture, bytes):
+                self._join(row, self.contents.setdefault(number_of(picture), row))
+                continue
+            try:
+                path = find_file(picture, self.folder)
+                number = number_of(os.path.realpath(path))
+            except MediaError:  # missing: the same name is the same picture
+                path, number = None, file_number(picture, self.folder)
+            if number in self.files:
+                self._join(row, self.files[number])
+                continue
+            self.files[number] = row
+            if path is not None:
+                self._compare(path, row)
+
+    def roots(self) -> list[int]:
+        """The root of each row's group."""
+        return [self._root(row) for row in range(len(self.parent))]
+
+    def _compare(self, path: Path, row: int) -> None:
+        """Join the rows of files with the same bytes; a file is read only if another has its size."""
+        try:
+            size = path.stat().st_size
+            if size not in self.alone:
+                self.alone[size] = (path, row)
+                return
+            first, self.alone[size] = self.alone[size], None
+            for file, its in [first, (path, row)] if first else [(path, row)]:
+                self._join(its, self.contents.setdefault(number_of(file.read_bytes()), its))
+        except OSError:
+            return  # no right to read it: its path must do
+
+    def _root(self, row: int) -> int:
+        parent = self.parent
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    def _join(self, one: int, other: int) -> None:
+        one, other = self._root(one), self._root(other)
+        self.parent[max(one, other)] = min(one, other)
+
+
+class _Rows:
+    """The rows of a file, and the way back into files of its form."""
+
+    def __init__(self, path: Path, options: Options, format: str | None):
+        next(read_rows(path), None)  # refuses a file that is missing or empty
+        self.path, self.options = path, options
+        self.reader = None if format is None else reader_of(format)
+        self.suffix = path.suffix
+        self.parquet, self.lines = _form(path)
+        self.whole = False
+        """Whether one object holds everything, so that its records are what is dealt out."""
+
+    def pictures(self) -> Iterator[list[str | bytes]]:
+        """The pictures of each row in order; RecordError, with file and line, for one that cannot be read."""
+        for number, (_, entries) in enumerate(self._rows()):
+            if not number and len(entries) > 1 and not self.lines and self._alone():
+                self.whole = True
+                yield from (list(_pictures(entry)) for entry in entries)
+                return
+            yield [picture for entry in entries for picture in _pictures(entry)]
+
+    def write(self, places: list[int], paths: list[Path | None]) -> None:
+        """Row number i into the file of place `places[i]`."""
+        if self.parquet and not self.whole:
+            _write_parquet(self.path, places, paths)
+            return
+        with ExitStack() as stack:
+            writers = [p and stack.enter_context(written_rows(p, self.lines)) for p in paths]
+            rows = (entry for _, entries in self._rows() for entry in entries) if self.whole else self._raw()
+            count = 0
+            for count, row in enumerate(rows, start=1):
+                if count <= len(places):
+                    writers[places[count - 1]](row_json(row, self.path, strict=False))
+            if count != len(places):
+                raise RecordError(f"{self.path} changed while it was split: split it again")
+
+    def _raw(self) -> Iterator[Any]:
+        return (row.entry for row in read_rows(self.path))
+
+    def _rows(self) -> Iterator[tuple[Row, list[Any]]]:
+        for row in read_rows(self.path):
+            entries = []
+            for one in entries_of([row], self.reader, self.options):
+                if one.problem is not None:
+                    advice = "; `ovisnb data validate FILE --fix` leaves such rows out"
+                    raise RecordError(f"{self.path}:{one.line}: {one.problem}{advice}")
+                entries.append(one.entry)
+            yield row, entries
+
+    def _alone(self) -> bool:
+        rows = read_rows(self.path)
+        next(rows, None)
+        return next(rows, None) is None
+
+
+def _form(path: Path) -> tuple[bool, bool]:
+    """(whether a file is parquet, whether it is JSON lines)."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PAR1":
+            return True, False
+        file.seek(0)
+        return False, path.suffix in LINES_SUFFIXES or is_lines(file, path)
+
+
+def _pictures(entry: Any) -> Iterator[str | bytes]:
+    """Paths and bytes of an entry's pictures, as far as they can be told."""
+    for key in ("image", "video"):
+        listed = entry.get(key) if isinstance(entry, Mapping) else None
+        for item in listed if isinstance(listed, (list, tuple)) else [listed]:
+            if isinstance(item, Mapping):
+                data = item.get("bytes") or item.get("data")
+                item = data if isinstance(data, bytes) else item.get("path")
+            if isinstance(item, (str, bytes)) and item:
+                yield item
+
+
+def _dealt(roots: list[int], ratios: Mapping[str, float], seed: int) -> tuple[list[int], list[int]]:
+    """(the place in SPLITS of each row, the sizes of the groups)."""
+    sizes = Counter(roots)
+    order = sorted(sizes)
+    Random(seed).shuffle(order)
+    order.sort(key=lambda root: -sizes[root])  # stable: equal groups keep their chance order
+    lack = [ratios[name] * len(roots) for name in SPLITS]
+    place = {}
+    for root in order:
+        place[root] = max(range(len(SPLITS)), key=lambda at: lack[at])
+        lack[place[root]] -= sizes[root]
+    return [place[root] for root in roots], list(sizes.values())
+
+
+def check_ratios(ratios: Mapping[str, float]) -> None:
+    """ValueError unless the ratios are shares of one whole."""
+    written_out = " + ".join(f"{ratio:g}" for ratio in ratios.values())
+    if not all(0 <= ratio <= 1 for ratio in ratios.values()) or abs(sum(ratios.values()) - 1) > 1e-6:
+        raise ValueError(
+            f"the ratios are shares of one whole, but {written_out} is {sum(ratios.values()):g}: "
+            "give train_ratio, val_ratio and test_ratio that sum to 1"
+        )
+
+
+def _write_parquet(path: Path, places: list[int], paths: list[Path | None]) -> None:
+    """Rows of a parquet file into parquet files with its columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file, ExitStack() as stack:
+        schema, at = file.schema_arrow, 0
+        outs = [p and stack.enter_context(written(p)) for p in paths]
+        writers = [out and stack.enter_context(pq.ParquetWriter(out, schema)) for out in outs]
+        for batch in file.iter_batches(batch_size=256):
+            here = places[at : at + batch.num_rows]
+            at += batch.num_rows
+            for place, writer in enumerate(writers):
+                if writer and place in here:
+                    writer.write_batch(batch.filter(pa.array([one == place for one in here])))
