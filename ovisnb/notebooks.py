@@ -100,7 +100,8 @@ def write_page(notebook: Path) -> Path:
     """Write the executed `notebook` as one HTML file beside it, pictures included; returns its path."""
     from nbconvert import HTMLExporter
 
-    page, _ = HTMLExporter(embed_images=True).from_filename(str(notebook))
+    # nothing from elsewhere: the page is read offline too, and text of the data is no mathematics
+    page, _ = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="").from_filename(str(notebook))
     path = notebook.with_suffix(".html")
     path.write_text(page, encoding="utf-8")
     return path

@@ -6,7 +6,7 @@
 Reading is lenient, because models slip: a space inside a number ("0. 483"), a list in square
 brackets, a missing closing tag. What cannot be read for certain is never guessed: it stays out of
 `boxes` and `points` and is listed, one sentence each, in `Answer.problems`. Writing is strict and
-lives in `ovisnb.data.boxes` (`format_box`, `format_point`).
+lives in `ovisnb.data.boxes` (`format_box`, `format_point`); the tags' grammar is `ovisnb.data.markup`'s.
 
 Every scan is linear in the length of the text: generated text is input like any other, and may be
 100,000 characters of "<box>".
@@ -19,23 +19,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovisnb.data.boxes import to_pixels
+from ovisnb.data.boxes import convert
+from ovisnb.data.markup import regions, short
 
-# Repeats are bounded ({0,3}) so that no text makes a pattern backtrack more than a constant.
-_TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}(ref|box|point)\s{0,3}>", re.IGNORECASE)
 _ANSWER_OPEN, _ANSWER_CLOSE = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>", re.IGNORECASE)
+# Repeats are bounded ({0,3}) so that no text makes a pattern backtrack more than a constant.
 _FINAL = re.compile(r"final answer\s{0,3}:", re.IGNORECASE)
-_COORDINATES = re.compile(r"[\s\d.,;()\[\]+\-eE]*")  # what may stand in a box whose closing tag is missing
-_SPACED_DOT = re.compile(r"(?<=\d)\s{0,8}\.\s{0,8}(?=\d)")  # "0. 483", "0 .483"
-_NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
-_SEPARATORS = str.maketrans("()[];", ",,,,,")
-_COUNT = {"box": 4, "point": 2}
 
 
 def _pixels(corners: tuple[float, float, float, float], size: tuple[int, int] | None) -> tuple:
     if size is None:
         raise ValueError("This answer knows no image size, so no pixels: parse(text, image_size=(width, height)).")
-    return tuple(to_pixels(corners, size))
+    return tuple(convert(corners, "normalised", "pixels", size))
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class Answer:
         return self.text
 
     def __repr__(self) -> str:
-        parts = [repr(_short(self.answer or self.text, 60))]
+        parts = [repr(short(self.answer or self.text, 60))]
         for name in ("boxes", "points", "problems"):
             if count := len(getattr(self, name)):
                 parts.append(f"{count} {name if count > 1 else name.removesuffix('es' if name == 'boxes' else 's')}")
@@ -187,63 +182,22 @@ def _regions(text: str, image_size: tuple[int, int] | None, problems: list[str])
     """All boxes and points of `text`; each takes the label of the nearest <ref> before it."""
     boxes: list[Box] = []
     points: list[Point] = []
-    label: str | None = None
-    tags = list(_TAG.finditer(text))
     written = 0
-    for i, tag in enumerate(tags):
-        closing, kind = tag[1], tag[2].lower()
-        if closing:
-            continue
-        following = tags[i + 1] if i + 1 < len(tags) else None
-        content = text[tag.end() : following.start() if following else len(text)]
-        if kind == "ref":
-            label = content.strip() or None
+    for region in regions(text):
+        if region.kind == "ref":
             continue
         written += 1
-        closed = following is not None and bool(following[1]) and following[2].lower() == kind
-        name = f"{kind.capitalize()} {written}"
-        if not closed:
-            stem = _COORDINATES.match(content)[0]
-            if following is None and len(stem) == len(content) and not stem.rstrip().endswith((")", "]")):
-                # The text ends inside the numbers, so the last digits may be missing.
-                problems.append(f"{name} is cut off after {_short(stem)!r}.")
-                continue
-            content = stem
-        numbers = _numbers(content, _COUNT[kind], name, problems)
-        if numbers is None:
-            continue
-        if kind == "point":
-            points.append(Point(*numbers, label=label, image_size=image_size))
-            continue
-        x1, y1, x2, y2 = numbers
-        if x1 > x2 or y1 > y2:
-            problems.append(f"{name} had its corners swapped, {_short(content)!r}: they were put in order.")
-        boxes.append(Box(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2), label=label, image_size=image_size))
+        name = f"{region.kind.capitalize()} {written}"
+        if region.fault:
+            problems.append(f"{name} {region.fault}.")
+        elif not all(0.0 <= number <= 1.0 for number in region.numbers):
+            problems.append(f"{name} has values outside [0, 1], so it is not normalised: {short(region.text)!r}.")
+        elif region.kind == "point":
+            points.append(Point(*region.numbers, label=region.label, image_size=image_size))
+        else:
+            x1, y1, x2, y2 = region.numbers
+            if x1 > x2 or y1 > y2:
+                problems.append(f"{name} had its corners swapped, {short(region.text)!r}: they were put in order.")
+            corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+            boxes.append(Box(*corners, label=region.label, image_size=image_size))
     return boxes, points
-
-
-def _numbers(content: str, count: int, name: str, problems: list[str]) -> list[float] | None:
-    """The `count` numbers in [0, 1] that `content` holds, or None and a sentence in `problems`."""
-    fields = [part.strip() for part in content.translate(_SEPARATORS).split(",")]
-    fields = [part for part in fields if part]
-    if len(fields) == count:
-        fields = ["".join(part.split()) for part in fields]  # a comma between each two: any space is a slip
-    else:  # "0.1 0.2, 0.3 0.4": only the spaces around a dot are slips
-        fields = [word for part in fields for word in _SPACED_DOT.sub(".", part).split()]
-    if len(fields) != count:
-        problems.append(f"{name} has {len(fields)} numbers instead of {count}: {_short(content)!r}.")
-        return None
-    for part in fields:
-        if not _NUMBER.fullmatch(part):  # also 'nan', 'inf' and numbers of absurd length
-            problems.append(f"{name} has {_short(part)!r} where a number should be: {_short(content)!r}.")
-            return None
-    numbers = [float(part) for part in fields]
-    if not all(0.0 <= number <= 1.0 for number in numbers):
-        problems.append(f"{name} has values outside [0, 1], so it is not normalised: {_short(content)!r}.")
-        return None
-    return [number + 0.0 for number in numbers]  # + 0.0 turns -0.0 into 0.0
-
-
-def _short(text: str, limit: int = 48) -> str:
-    text = text[: limit + 1] if len(text) > 4 * limit else " ".join(text.split())
-    return text if len(text) <= limit else text[:limit] + "..."

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import LogitsProcessorList
 
 from ovisnb.chat import collate, encode
+from ovisnb.data.markup import BOX_REQUEST, POINT_REQUEST
 from ovisnb.data.media import open_image
 from ovisnb.data.record import Media, Record, Turn
 from ovisnb.generate.answer import Answer, parse
@@ -31,10 +32,7 @@ from ovisnb.model import load
 MAX_NEW_TOKENS = 1024
 MAX_NEW_TOKENS_THINKING = 3072
 THINKING_BUDGET = 2048
-REQUESTS = {
-    "box": "Please provide the bounding box coordinates.",
-    "point": "Please provide the point coordinates.",
-}
+REQUESTS = {"box": BOX_REQUEST, "point": POINT_REQUEST}
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 

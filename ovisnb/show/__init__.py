@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from .data import examples, overview_figure, overview_table, regions_of, select, show_record, summarise
+from .browse import Browser, browse
+from .data import examples, regions_of, select, show_record, with_regions
 from .grounding import before_after, compared, pair_up, question_of, with_box
 from .html import Html, Plot
+from .lens import MaskLens, mask_lens
+from .overview import kind_table, overview_figure, overview_table, problem_table
+from .payload import token_summary
 from .regions import Picture, draw_regions, gallery, show_regions
 from .runs import show_accuracy, show_run
-from .tokens import reason_table, show_tokens, token_summary
+from .shelf import Shelf, open_shelf
+from .tokens import reason_table, show_tokens
 
 __all__ = [
+    "Browser",
     "Html",
+    "MaskLens",
     "Picture",
     "Plot",
+    "Shelf",
     "before_after",
+    "browse",
     "compared",
     "draw_regions",
     "examples",
     "gallery",
+    "kind_table",
+    "mask_lens",
+    "open_shelf",
     "overview_figure",
     "overview_table",
     "pair_up",
+    "problem_table",
     "question_of",
     "reason_table",
     "regions_of",
@@ -30,7 +43,7 @@ __all__ = [
     "show_regions",
     "show_run",
     "show_tokens",
-    "summarise",
     "token_summary",
     "with_box",
+    "with_regions",
 ]

@@ -1,61 +1,94 @@
-"""Records as a person looks at them: a card of pictures and conversation, and an overview of many."""
+"""Records as a person looks at them: a card of pictures and conversation.
+
+    show_record(record, "images")    # in a notebook
+
+Whatever the data holds, a card is made: text is shown as text, with what cannot be seen spelt out and what is
+endless cut short; a picture that cannot be opened is replaced by the sentence that says why.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from ovisnb.data.checks.faults import Fault
+from ovisnb.data.media import Folder, folder_of, open_image, open_media
+from ovisnb.data.record import IMAGE, VIDEO, Media, Record
+from ovisnb.data.video import frame_count, open_frames, sample_frames
 
-from ovisnb.data.boxes import normalise
-from ovisnb.data.media import open_media
-from ovisnb.data.record import Record
-from ovisnb.generate.answer import Box, parse
-
-from .html import FONT, MUTED, Html, Plot, picture, table
+from .html import FONT, MUTED, Html, picture
+from .marks import marks_on
+from .pieces import one_line, readable
 from .regions import draw_regions
 
 ROLE_COLOURS = {"system": "#9a6fb0", "human": "#e69f00", "gpt": "#0072b2", "ignored_gpt": "#8a8a8a"}
-BAR = "#0072b2"
+WARNING = "#d55e00"
+LONGEST = 6000  # characters of a turn that are shown
+TURNS, PICTURES, FRAMES, PROBLEMS = 40, 12, 8, 12  # of one record that are shown
+_BREAKS = {" ": " ", "\n": "\n", "\t": "\t", "\u200c": "\u200c", "\u200d": "\u200d"}  # joiners: emoji, Persian
+_BOX = f"{FONT};border-top:1px solid #9a9a9a;padding:10px 0 16px 0"
+_CHIP = "border:1px solid #9a9a9a;border-radius:3px;padding:0 4px;font-size:11px"
 
 
-def show_record(record: Record | dict, image_folder: str | Path | None = None, *, height: int = 300) -> Html:
-    """One record as a card: its pictures left, the conversation right, all text escaped.
+def show_record(
+    record: Record | dict, image_folder: Folder = None, *, height: int = 300, faults: Sequence[Fault] = ()
+) -> Html:
+    """One record as a card: its whole pictures and frames left, the conversation right, all text escaped.
 
-    On a record of one picture, the boxes and points of its answers and the places of its crops are
-    drawn on it. `height` limits a picture's shown height in pixels.
+    Crops stand in the turn that asks for them. On a record of one whole picture the boxes and points of its
+    text are drawn on it, and the places of its crops. `height` limits a picture's shown height in pixels;
+    `faults` (of `ovisnb.data.checks`) are listed above. A picture that cannot be opened is a sentence.
     """
     record = Record.from_dict(record) if isinstance(record, dict) else record
-    images, frames = open_media(record, image_folder)
-    facts = [fact for fact in (record.kind, record.source.replace("\\", "/").rpartition("/")[2]) if fact]
-    shots = []
-    for at, (media, image) in enumerate(zip(record.images, images)):
-        name = f"image {at + 1} · {image.width}×{image.height}"
-        if media.box:
-            name += " · crop " + str([round(side) for side in media.box])
-        tall = height if media.box is None and len(images) < 3 else height // 2
-        shots.append(_shot(_drawn(_regions(record, at, image), tall), name, tall))
-    shots += [_shot(frame, f"frame {at + 1} of {len(frames)}", height // 3) for at, frame in enumerate(frames or [])]
-    left = f'<div style="flex:0 1 420px;display:flex;flex-wrap:wrap;align-content:flex-start;gap:10px">{"".join(shots)}</div>'
-    right = f'<div style="flex:1 1 380px;min-width:300px">{"".join(map(_turn, record.turns))}</div>'
+    opened = _Pictures(record, image_folder)
+    near = opened.folder, os.path.dirname(record.source)
+    facts = [record.kind or "", _file(record.source)]
+    facts = " · ".join(f"<bdi>{words(fact, 80)}</bdi>" for fact in facts if fact)
+    notes = [("", note) for note in record.notes] + [(fault.kind, without(fault.message, *near)) for fault in faults]
+    left = _shots(record, opened, height) + _frames(record, image_folder, height // 3)
+    left = f'<div style="flex:0 1 420px;display:flex;flex-wrap:wrap;align-content:flex-start;gap:10px">{left}</div>'
+    right = f'<div style="flex:1 1 380px;min-width:300px">{_turns(record, opened)}</div>'
     return Html(
-        f'<div style="{FONT};border-top:1px solid #9a9a9a;padding:10px 0 16px 0">'
-        f'<div><b>{escape(record.id)}</b> <span style="{MUTED}">{escape(" · ".join(facts))}</span></div>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:20px;margin-top:8px">{left if shots else ""}{right}</div></div>'
+        f'<div style="{_BOX}"><div><b><bdi>{words(record.id)}</bdi></b> <span style="{MUTED}">{facts}</span></div>'
+        f'{_problems(notes)}<div style="display:flex;flex-wrap:wrap;gap:20px;margin-top:8px">'
+        f"{left if record.images or record.video else ''}{right}</div></div>"
     )
 
 
-def regions_of(record: Record, image_folder: str | Path | None = None, *, at: int = 0) -> dict:
+def show_faults(faults: Sequence[Fault]) -> Html:
+    """The card of what is no record: a row that cannot be read, with the sentences that say why."""
+    first = faults[0]
+    name = "a row that is no record" if first.id is None else words(first.id)
+    place = _file(first.file) + (f":{first.line}" if first.line is not None else "")
+    lines = _problems([(fault.kind, fault.message) for fault in faults])
+    head = f'<b><bdi>{name}</bdi></b> <span style="{MUTED}"><bdi>{words(place)}</bdi></span>'
+    return Html(f'<div style="{_BOX}"><div>{head}</div>{lines}</div>')
+
+
+def regions_of(record: Record, image_folder: Folder = None, *, at: int = 0) -> dict:
     """`image`, `boxes` and `points` of the record's picture number `at`, as `show_regions` takes them.
 
-    Boxes and points come from the answers, on records of one whole picture (with several the words
-    do not say which is meant); the places of crops cut from the picture are added.
+    Boxes and points come from the text, on records of one whole picture (with several the words do not say
+    which is meant); the places of crops cut from the picture are added. MediaError for a broken picture.
     """
-    return _regions(record, at, open_media(record, image_folder)[0][at])
+    image = open_media(record, image_folder)[0][at]
+    marks = marks_on(record, at, image.size)
+    return {"image": image, "boxes": marks.boxes, "points": marks.points}
+
+
+def with_regions(records: Iterable[Record], image_folder: Folder = None) -> Iterator[dict]:
+    """For each picture with a box on it the arguments of `show_regions`; broken pictures are passed over."""
+    for record in records:
+        opened = _Pictures(record, image_folder)
+        for at, media in enumerate(record.images):
+            if media.box is not None or isinstance(image := opened.open(at), str):
+                continue
+            marks = marks_on(record, at, image.size)
+            if marks.boxes:
+                title = one_line(record.id, 60)
+                yield {"image": image, "boxes": marks.boxes, "points": marks.points, "title": title}
 
 
 def examples(records: Iterable[Record]) -> dict[str, Record]:
@@ -94,113 +127,158 @@ def select(records: Iterable[Record], ids: str) -> list[Record]:
     return [record for name in wanted for record in records if record.id == name]
 
 
-def summarise(
-    records: Iterable[Record], processor=None, *, image_folder=None, min_pixels=None, max_pixels=None
-) -> dict:
-    """Numbers of a data set: `records`, `kinds`, `turns` and `images` (Counters), `sizes` (width, height
-    of every picture and frame in pixels) and, with a processor, `tokens` and `supervised` of each record."""
-    summary = {"records": 0, "kinds": Counter(), "turns": Counter(), "images": Counter(), "videos": 0}
-    summary |= {"sizes": [], "tokens": [], "supervised": []}
-    for record in records:
-        summary["records"] += 1
-        summary["kinds"][record.kind or "(none)"] += 1
-        summary["turns"][len(record.turns)] += 1
-        summary["images"][len(record.images)] += 1
-        summary["videos"] += record.video is not None
-        images, frames = open_media(record, image_folder)
-        summary["sizes"] += [image.size for image in [*images, *(frames or [])]]
-        if processor is not None:
-            from ovisnb.chat.encode import encode
-
-            limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-            encoded = encode(record, processor, image_folder=image_folder, **limits)
-            summary["tokens"].append(len(encoded.input_ids))
-            summary["supervised"].append(int((encoded.labels != -100).sum()))
-    return summary
+def words(text: object, limit: int = 200) -> str:
+    """Text of the data on one line, escaped: nothing invisible in it, and cut at `limit` characters."""
+    return escape(one_line(str(text), limit))
 
 
-def overview_table(summary: dict) -> Html:
-    """The totals of `summarise` as a small table."""
-    rows: list[tuple] = [("records", summary["records"])]
-    rows += [("pictures and frames", len(summary["sizes"])), ("records with a video", summary["videos"])]
-    if summary["sizes"]:
-        areas = sorted(summary["sizes"], key=lambda size: size[0] * size[1])
-        rows.append(("smallest, largest picture", "{}×{}, {}×{}".format(*areas[0], *areas[-1])))
-    if summary["tokens"]:
-        total, longest = sum(summary["tokens"]), max(summary["tokens"])
-        rows += [("tokens", total), ("longest record in tokens", longest)]
-        rows.append(("supervised tokens", f"{sum(summary['supervised']):,} ({sum(summary['supervised']) / total:.1%})"))
-    return Html(table(rows))
+def _file(source: str) -> str:
+    """The name of the file in a record's source; what names no file ("shapes:train/0/2") as it is."""
+    name = source.replace("\\", "/").rpartition("/")[2]
+    return name if "." in name or os.path.isabs(source) else source
 
 
-def overview_figure(summary: dict) -> Plot:
-    """Kinds, turns and pictures a record, picture sizes and (where counted) tokens a record."""
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    kinds, counts, sizes, tokens = figure.subplots(1, 4)
-    names = [name for name, _ in summary["kinds"].most_common(12)][::-1]
-    kinds.barh(names, [summary["kinds"][name] for name in names], color=BAR)
-    kinds.set(title="Records by kind", xlabel="records")
-    for offset, colour, key in ((-0.2, BAR, "turns"), (0.2, "#e69f00", "images")):
-        at = sorted(summary[key])
-        counts.bar([number + offset for number in at], [summary[key][n] for n in at], 0.4, color=colour, label=key)
-    counts.set(title="Turns and images a record", xlabel="number in one record", ylabel="records")
-    counts.legend(frameon=False)
-    points = Counter(summary["sizes"])
-    areas = [20 + 15 * min(number, 20) for number in points.values()]
-    sizes.scatter([w for w, _ in points], [h for _, h in points], s=areas, color=BAR, alpha=0.6, lw=0)
-    sizes.set(title="Picture sizes", xlabel="width in pixels", ylabel="height in pixels")
-    sizes.set(xlim=(0, None), ylim=(0, None))
-    if summary["tokens"]:
-        tokens.hist(summary["tokens"], bins=min(30, max(5, len(summary["tokens"]) // 2)), color=BAR)
-        tokens.set(title="Length of a record", xlabel="tokens", ylabel="records")
-    else:
-        tokens.set_axis_off()
-    for axis, which in ((kinds, "x"), (counts, "both"), (tokens, "y")):
-        getattr(axis, "xaxis" if which != "y" else "yaxis").set_major_locator(MaxNLocator(integer=True))
-        if which == "both":
-            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in (kinds, counts, sizes, tokens):
-        axis.spines[["top", "right"]].set_visible(False)
-    return Plot(figure)
+def without(sentence: str, *folders: Folder) -> str:
+    """`sentence` with these folders left out of its paths."""
+    for folder in filter(None, folders):
+        for spelt in {os.fspath(folder), os.path.realpath(folder)} - {"/", "."}:
+            sentence = sentence.replace(spelt.rstrip("/") + "/", "")
+    return sentence
 
 
-def _regions(record: Record, at: int, image) -> dict:
-    media, boxes, points = record.images[at], [], []
-    if media.box is None and sum(other.box is None for other in record.images) == 1:
-        for turn in record.turns:
-            if turn.role == "gpt":
-                answer = parse(turn.text, image.size)
-                boxes, points = boxes + answer.boxes, points + answer.points
-    for crop in record.images:
-        if _cut_from(crop, media):
-            boxes.append(Box(*normalise(crop.box, image.size), label="crop"))
-    return {"image": image, "boxes": boxes, "points": points}
+class _Pictures:
+    """The pictures of one record, each opened when it is asked for; what several are cut from is read once."""
+
+    def __init__(self, record: Record, image_folder: Folder):
+        self.record, self.folder, self.known = record, folder_of(record, image_folder), {}
+
+    def open(self, at: int):
+        """The PIL image, or the sentence that says why there is none."""
+        media = self.record.images[at]
+        if media.origin not in self.known:
+            self.known[media.origin] = _or_sentence(lambda: open_image(media.whole, self.folder), self.folder)
+        whole = self.known[media.origin]
+        if media.box is None or isinstance(whole, str):
+            return whole
+        return _or_sentence(lambda: open_image(Media(image=whole).crop(media.box, media.coordinates)), self.folder)
 
 
-def _cut_from(crop, media) -> bool:
-    """Whether `crop` was cut from `media`: the same file, or the same picture in memory."""
+def _or_sentence(read, folder: Folder):
+    try:
+        return read()
+    except ValueError as error:  # a MediaError, or a box that no picture has
+        return without(str(error), folder)
+
+
+def _shots(record: Record, opened: _Pictures, height: int) -> str:
+    """The whole pictures, with what can be drawn on them, and in words what cannot."""
+    wholes = [at for at, media in enumerate(record.images) if media.box is None]
+    shots = []
+    for at in wholes[:PICTURES]:
+        image, name = opened.open(at), f"image {at + 1}"
+        if isinstance(image, str):
+            shots.append(_broken(name, image))
+            continue
+        tall = height if len(wholes) < 3 else height // 2
+        marks = marks_on(record, at, image.size)
+        name += f" · {image.width}×{image.height}"
+        if marks.boxes or marks.points:  # drawn for the size it is shown at, so that labels are readable
+            image = draw_regions(image, marks.boxes, marks.points, width=420, height=tall)
+        shots.append(_shot(image, name, tall, marks.left_out))
+    return "".join(shots) + _more(len(wholes) - PICTURES, "picture")
+
+
+def _frames(record: Record, image_folder: Folder, height: int) -> str:
+    """An even sample of the video's frames."""
+    if record.video is None:
+        return ""
+
+    folder = folder_of(record, image_folder)
+    try:
+        count = frame_count(record.video, folder)
+        wanted = sample_frames(count, max_frames=FRAMES)
+        frames = open_frames(record.video, folder, max_frames=FRAMES)
+    except ValueError as error:
+        return _broken("the video", without(str(error), folder))
+    shots = [_shot(frame, f"frame {at + 1} of {count:,}", height) for at, frame in zip(wanted, frames)]
+    return "".join(shots)
+
+
+def _turns(record: Record, opened: _Pictures) -> str:
+    """The conversation, each `<image>` as the number of its picture, a crop with its picture below."""
+    parts, at, crops = [], 0, 0
+    for turn in record.turns[:TURNS]:
+        shown, *pieces = turn.text[:LONGEST].split(IMAGE)
+        shown = _prose(shown)
+        for number, piece in enumerate(pieces, start=at):
+            shown += f'<span style="{_CHIP}">image {number + 1}</span>'
+            if record.images[number].box is not None:
+                crops += 1
+                if crops <= PICTURES:
+                    shown += _crop(record, opened, number)
+                    piece = piece.removeprefix("\n")  # the picture has a line of its own already
+            shown += _prose(piece)
+        at += turn.text.count(IMAGE)
+        rest = len(turn.text) - LONGEST
+        more = f"… {rest:,} more characters of this turn are not shown" if rest > 0 else ""
+        colour = ROLE_COLOURS.get(turn.role, "#8a8a8a")
+        parts.append(
+            f'<div style="border-left:3px solid {colour};padding:0 0 0 10px;margin:0 0 10px 0;overflow:hidden">'
+            f'<div style="{MUTED};font-size:12px">{escape(turn.role)}</div>'
+            f'<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">{shown}</div>'
+            f"{_muted(more) if more else ''}</div>"
+        )
+    return "".join(parts) + _more(crops - PICTURES, "crop") + _more(len(record.turns) - TURNS, "turn")
+
+
+def _crop(record: Record, opened: _Pictures, at: int) -> str:
+    media, image = record.images[at], opened.open(at)
+    if isinstance(image, str):
+        return _broken(f"image {at + 1}", image)
+    box = ", ".join(f"{side:.4g}" if media.coordinates == "normalised" else f"{side:.0f}" for side in media.box)
+    counted = "" if media.coordinates == "pixels" else f" ({media.coordinates})"
+    return _shot(image, f"crop [{box}]{counted} · {image.width}×{image.height}", 110, width=320)
+
+
+def _shot(image, name: str, height: int, left_out: Iterable[str] = (), width: int = 420) -> str:
+    captions = "".join(_muted(words(line)) for line in (name, *left_out))
+    shown = picture(image, height=height, width=width, alt=name)
+    return f'<div style="white-space:normal;max-width:{width}px">{shown}{captions}</div>'
+
+
+def _broken(name: str, sentence: str) -> str:
+    """What stands where a picture would."""
     return (
-        crop.box is not None
-        and crop is not media
-        and (crop.image is media.image if crop.path is None else crop.path == media.path)
+        f'<div style="white-space:normal;border:1px dashed {WARNING};border-radius:4px;padding:6px 10px;max-width:400px;'
+        f'overflow-wrap:anywhere"><b>{escape(name)}</b> cannot be shown: <bdi>{words(sentence, 500)}</bdi></div>'
     )
 
 
-def _drawn(regions: dict, height: int):
-    """The picture itself, or with its regions drawn for the size it is shown at, so that labels are readable."""
-    image = regions["image"]
-    return draw_regions(**regions, width=420, height=height) if regions["boxes"] or regions["points"] else image
-
-
-def _shot(image, name: str, height: int) -> str:
-    caption = f'<div style="{MUTED};font-size:12px">{escape(name)}</div>'
-    return f"<div>{picture(image, height=height, width=420, alt=name)}{caption}</div>"
-
-
-def _turn(turn) -> str:
-    colour = ROLE_COLOURS.get(turn.role, "#8a8a8a")
+def _problems(notes: Sequence[tuple[str, str]]) -> str:
+    lines = []
+    for kind, message in notes[:PROBLEMS]:
+        kind = f"<b>{words(kind, 60)}</b> " if kind else ""
+        lines.append(f'<div style="overflow-wrap:anywhere">⚠ {kind}<bdi>{words(message, 500)}</bdi></div>')
+    if not lines:
+        return ""
     return (
-        f'<div style="border-left:3px solid {colour};padding:0 0 0 10px;margin:0 0 10px 0">'
-        f'<div style="{MUTED};font-size:12px">{escape(turn.role)}</div>'
-        f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{escape(turn.text)}</div></div>'
+        f'<div style="border-left:3px solid {WARNING};padding-left:10px;margin:6px 0">'
+        + "".join(lines)
+        + (_more(len(notes) - PROBLEMS, "problem") + "</div>")
     )
+
+
+def _prose(text: str) -> str:
+    """Text of a turn, escaped, its line breaks kept and what cannot be seen spelt out."""
+    shown = escape("".join(readable(character, _BREAKS) for character in text))
+    return shown.replace(escape(VIDEO), f'<span style="{_CHIP}">video</span>')
+
+
+def _muted(line: str) -> str:
+    return f'<div style="{MUTED};font-size:12px">{line}</div>'
+
+
+def _more(count: int, name: str) -> str:
+    if count <= 0:
+        return ""
+    return _muted(f"… {count:,} more {name}{'s are' if count > 1 else ' is'} not shown")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from .pieces import one_line
+
 FONT = "font-family:system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;font-size:13px;line-height:1.5"
 MONO = "font-family:ui-monospace,'SFMono-Regular',Menlo,'DejaVu Sans Mono',monospace"
 MUTED = "color:#7f7f7f"  # contrast of at least 3.9 on white and on JupyterLab's dark grey
@@ -25,7 +27,8 @@ class Html:
         self.source = source
 
     def _repr_html_(self) -> str:
-        return self.source
+        # by these classes JupyterLab and exported pages leave alone what looks like mathematics in the data
+        return f'<div class="mathjax_ignore tex2jax_ignore">{self.source}</div>'
 
     def __str__(self) -> str:
         return self.source
@@ -43,11 +46,11 @@ class Html:
 
 def data_uri(image: Image.Image, *, height: int | None = None, width: int | None = None) -> str:
     """`image` shrunk to fit `height` and `width` in pixels (never enlarged) as a JPEG data URI."""
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
     scale = min(1.0, (height or image.height) / image.height, (width or image.width) / image.width)
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)  # shrunk in two steps: six times as fast
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
@@ -79,6 +82,13 @@ def table(rows: list[tuple], *, head: tuple = ()) -> str:
     lines = [line(head, "th")] if head else []
     lines += [line(row, "td") for row in rows]
     return f'<table style="{FONT};border-collapse:collapse;margin:6px 0">{"".join(lines)}</table>'
+
+
+def warnings(sentences: list[str], *, limit: int = 10) -> str:
+    """The first `limit` sentences on what is wrong, a line each, all text escaped; "" for none."""
+    lines = [f"⚠ <bdi>{escape(one_line(sentence, 500))}</bdi>" for sentence in sentences[:limit]]
+    lines += [f"… and {len(sentences) - limit:,} more"] if len(sentences) > limit else []
+    return "".join(f'<div style="{FONT};overflow-wrap:anywhere">{line}</div>' for line in lines)
 
 
 class Plot:

@@ -1,0 +1,250 @@
+"""A data set at a glance: the numbers of `ovisnb.data.stats` as a table, bars and figures.
+
+    stats = summarise(records, processor, image_folder="images")
+    display(overview_table(stats), kind_table(stats), overview_figure(stats, max_length=4096))
+
+Nothing that the data wrote gets into a figure, where `$` would be mathematics and a foreign script boxes:
+kinds and sentences stand in the tables, which are HTML, escaped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ovisnb.data import boxes
+from ovisnb.data.checks.faults import KINDS
+from ovisnb.data.stats import Stats
+
+from .data import words
+from .html import FONT, MUTED, Html, Plot, table
+from .shelf import Shelf
+
+BLUE, ORANGE, RED, GREY = "#0072b2", "#e69f00", "#d55e00", "#8a8a8a"
+ROWS = 20  # kinds that are listed
+FEW = 80  # boxes that are drawn one by one
+EXAMPLES = 3  # faults of a kind that are listed
+_CELL = "padding:2px 12px 2px 0;vertical-align:top"
+
+
+def overview_table(stats: Stats, shelf: Shelf | None = None, *, max_length: int | None = None) -> Html:
+    """The totals as a small table; with the `shelf` it says how much of the file was read."""
+    read = f"{stats.records:,}" + (f" ({shelf.read})" if shelf is not None and shelf.read else "")
+    rows: list[tuple] = [("records", read)]
+    rows += [("pictures and frames", stats.sizes.total), ("records with a video", stats.videos)]
+    if stats.smallest and stats.largest:
+        rows.append(("smallest, largest picture", "{}×{}, {}×{}".format(*stats.smallest, *stats.largest)))
+    if stats.boxes.total or stats.points.total or stats.crops.total:
+        rows.append(
+            ("boxes, points, tool calls", f"{stats.boxes.total:,}, {stats.points.total:,}, {stats.crops.total:,}")
+        )
+    if len(stats.tokens):
+        total, trained = sum(stats.tokens), sum(stats.supervised)
+        rows += [("tokens", total), ("supervised tokens", f"{trained:,} ({trained / total:.1%})")]
+        rows.append(
+            (
+                "tokens of a record: median, 95th percentile",
+                f"{stats.tokens.quantile(0.5):,}, {stats.tokens.quantile(0.95):,}",
+            )
+        )
+        rows.append(("longest record in tokens", max(stats.tokens)))
+        if max_length:
+            over = stats.tokens.above(max_length)
+            rows.append((f"records over {max_length:,} tokens", f"{over:,} ({over / len(stats.tokens):.1%})"))
+    if stats.problems.total:
+        rows.append(("records not counted in full", stats.problems.total))
+    short = shelf.without_folders if shelf is not None else str
+    lines = [f'<div style="{FONT};overflow-wrap:anywhere">⚠ <bdi>{words(said, 300)}</bdi></div>'
+             for said in map(short, list(stats.problems)[:EXAMPLES])]  # fmt: skip
+    return Html(table(rows) + "".join(lines))
+
+
+def kind_table(stats: Stats) -> Html:
+    """Records by kind, most frequent first, each with a bar."""
+    kinds = stats.kinds.most_common()
+    most = kinds[0][1] if kinds else 1
+    rows = []
+    for kind, count in kinds[:ROWS]:
+        bar = f'<div style="width:{max(2, round(260 * count / most))}px;height:11px;margin-top:4px;background-color:{BLUE}"></div>'
+        cells = (f"<bdi>{words(kind, 60)}</bdi>", f"{count:,}", f"{count / stats.records:.1%}", bar)
+        rows.append("".join(f'<td style="{_CELL};text-align:{"right" if at in (1, 2) else "left"}">{cell}</td>'
+                            for at, cell in enumerate(cells)))  # fmt: skip
+    head = "".join(f'<th style="{_CELL};text-align:{side}">{name}</th>'
+                   for name, side in (("kind", "left"), ("records", "right"), ("share", "right"), ("", "left")))  # fmt: skip
+    more = len(kinds) - ROWS
+    rest = f'<div style="{MUTED};font-size:12px">… {more:,} more kinds</div>' if more > 0 else ""
+    lines = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+    return Html(f'<div style="{FONT}"><table style="{FONT};border-collapse:collapse">{lines}</table>{rest}</div>')
+
+
+def problem_table(shelf: Shelf) -> Html:
+    """What is wrong with the data, by kind: how often, what it means, and the first few of each."""
+    headline = f'<div style="{FONT}"><b>{words(shelf.verdict, 400)}</b></div>'
+    lines = []
+    for kind, count in shelf.counts.items():
+        shown = []
+        for fault in islice((fault for fault in shelf.faults if fault.kind == kind), EXAMPLES):
+            place = [words(fault.id, 60)] if fault.id is not None else []
+            place += [f"line {fault.line}"] if fault.line is not None else []
+            place = f'<span style="{MUTED}"><bdi>{", ".join(place)}</bdi></span> ' if place else ""
+            shown.append(
+                f'<div style="overflow-wrap:anywhere">{place}<bdi>{words(shelf.without_folders(fault.message), 300)}</bdi></div>'
+            )
+        more = count - len(shown)
+        rest = f'<div style="{MUTED}">… and {more:,} more</div>' if more > 0 else ""
+        meaning = f"<div>{words(KINDS.get(kind, ''))}</div>{''.join(shown)}{rest}"
+        cells = (f"<b>{words(kind, 60)}</b>", f"{count:,}", meaning)
+        lines.append("".join(f'<td style="{_CELL};text-align:{"right" if at == 1 else "left"}">{cell}</td>'
+                             for at, cell in enumerate(cells)))  # fmt: skip
+    body = "".join(f'<tr style="border-top:1px solid #9a9a9a">{line}</tr>' for line in lines)
+    return Html(f'{headline}<table style="{FONT};border-collapse:collapse;margin:6px 0">{body}</table>')
+
+
+def overview_figure(
+    stats: Stats, *, max_length: int | None = None, limits: Sequence[int | None] = (None, None)
+) -> Plot:
+    """Turns and pictures a record, picture sizes, and, where there are any, tokens a record, boxes and tool calls.
+
+    `max_length` tokens is drawn as the limit; `limits` (smallest and largest area in pixels of a resized picture)
+    as curves among the sizes.
+    """
+    panels = [lambda axis: _counts(axis, stats)]
+    if stats.sizes.total:
+        panels.append(lambda axis: _sizes(axis, stats, limits))
+    if len(stats.tokens):
+        panels.append(lambda axis: _tokens(axis, stats, max_length))
+    if stats.boxes.total or stats.crops.total or stats.points.total:
+        panels.append(lambda axis: _places(axis, stats))
+    if stats.boxes.total or stats.crops.total:
+        panels.append(lambda axis: _areas(axis, stats))
+    if any(stats.calls.keys() - {0}):
+        panels.append(lambda axis: _calls(axis, stats))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.3 * columns, 3.3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, panels):
+        panel(axis)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return Plot(figure)
+
+
+def _counts(axis, stats: Stats) -> None:
+    for offset, colour, name in ((-0.2, BLUE, "turns"), (0.2, ORANGE, "images")):
+        _bars(axis, getattr(stats, name), colour, offset=offset, width=0.4, label=name)
+    axis.set(title="Turns and images a record", xlabel="number in one record", ylabel="records")
+    axis.legend(frameon=False)
+
+
+def _calls(axis, stats: Stats) -> None:
+    _bars(axis, stats.calls, BLUE)
+    axis.set(title="Tool calls an answer", xlabel="tool calls in one answer", ylabel="answers")
+
+
+def _bars(axis, counts: Counter, colour: str, *, offset: float = 0, width: float = 0.7, most: int = 12, **more) -> None:
+    """Bars at whole numbers up to `most`; what is above is one bar."""
+    kept = Counter()
+    for number, count in counts.items():
+        kept[min(number, most + 1)] += count
+    axis.bar([number + offset for number in sorted(kept)], [kept[n] for n in sorted(kept)], width, color=colour, **more)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f">{most}" if x > most else f"{x:.0f}"))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _sizes(axis, stats: Stats, limits: Sequence[int | None]) -> None:
+    points = Counter(stats.sizes)
+    across, down = [width for width, _ in points], [height for _, height in points]
+    areas = [20 + 15 * min(number, 20) for number in points.values()]
+    axis.scatter(across, down, s=areas, color=BLUE, alpha=0.6, lw=0)
+    spans = [max(sides) / min(sides) for sides in (across, down)]
+    if max(spans) > 50:
+        axis.set(xscale="log", yscale="log")
+        left, right, top = min(across) / 1.5, max(across) * 1.5, max(down) * 1.5
+        axis.set(xlim=(left, right), ylim=(min(down) / 1.5, top))
+    else:
+        left, right, top = 0, max(across) * 1.08, max(down) * 1.08
+        axis.set(xlim=(0, right), ylim=(0, top))
+    steps = [right * 0.02 + (right * 0.98) * number / 200 for number in range(201)]
+    for limit, name, style in zip(limits, ("min_pixels", "max_pixels"), (":", "--")):
+        if limit and 0.03 < limit / (right * top) < 1:  # else it hugs a corner
+            axis.plot(steps, [limit / x for x in steps], color=GREY, ls=style, lw=1.2, label=name)
+    if axis.lines:
+        axis.legend(frameon=False)
+    axis.set(title="Picture sizes", xlabel="width in pixels", ylabel="height in pixels")
+
+
+def _tokens(axis, stats: Stats, max_length: int | None) -> None:
+    count, longest = min(40, max(8, len(stats.tokens) // 2)), max(stats.tokens)
+    bins: int | list[float] = count
+    if longest > 20 * stats.tokens.quantile(0.5):  # a few far out would leave the others one bar
+        shortest = max(1, min(stats.tokens))
+        bins = [shortest * (longest / shortest) ** (step / count) for step in range(count + 1)]
+        bins[-1] = longest
+        axis.set_xscale("log")
+    axis.hist(list(stats.tokens), bins=bins, color=BLUE)
+    axis.set(title="Length of a record", xlabel="tokens", ylabel="records")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if max_length:
+        over = stats.tokens.above(max_length)
+        axis.axvline(max_length, color=RED, lw=1.5, ls="--")
+        axis.set_title(f"Length of a record: {over:,} over {max_length:,}")
+        if max_length > 4 * longest:  # far away: the line would squeeze the rest to nothing
+            axis.set_xlim(axis.get_xlim()[0] if axis.get_xscale() == "log" else 0, longest * 1.1)
+            axis.set_title(f"Length of a record: all within {max_length:,}")
+
+
+def _places(axis, stats: Stats) -> None:
+    """Few boxes one by one and faint, many as how often each place is covered; on one square for all pictures."""
+    for sample, colour, name in ((stats.boxes, BLUE, "boxes"), (stats.crops, ORANGE, "tool calls")):
+        if not sample:
+            continue
+        if len(sample) > FEW and colour == BLUE:
+            axis.imshow(_covered(sample), cmap="Blues", extent=(0, 1, 1, 0), interpolation="bilinear", vmin=0)
+        elif len(sample) <= FEW:
+            corners = [((x1, y1), (x2, y1), (x2, y2), (x1, y2)) for x1, y1, x2, y2 in sample]
+            axis.add_collection(
+                PolyCollection(corners, facecolor=to_rgba(colour, 0.08), edgecolor=to_rgba(colour, 0.5))
+            )
+        x, y = ([(box[at] + box[at + 2]) / 2 for box in sample] for at in (0, 1))
+        axis.scatter(x, y, s=9, color=colour, alpha=max(0.15, min(1, FEW / len(sample))), lw=0, label=name)
+    if stats.points:
+        axis.scatter(*zip(*stats.points), s=16, marker="x", color=RED, lw=1, label="points")
+    axis.set(title="Where boxes, points and calls lie", xlim=(0, 1), ylim=(1, 0), xlabel="share of the width")
+    axis.set(ylabel="share of the height", aspect="equal")
+    legend = axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+
+
+def _covered(sample: Iterable[tuple], cells: int = 50) -> np.ndarray:
+    """(cells, cells): how many boxes cover each place, rows from the top."""
+    edges = np.clip(np.array(list(sample)) * cells, 0, cells)
+    x1, y1, x2, y2 = np.rint(edges).astype(int).T
+    steps = np.zeros((cells + 1, cells + 1))
+    for y, x, sign in ((y1, x1, 1), (y1, x2, -1), (y2, x1, -1), (y2, x2, 1)):
+        np.add.at(steps, (y, x), sign)
+    return steps.cumsum(0).cumsum(1)[:cells, :cells]
+
+
+def _areas(axis, stats: Stats) -> None:
+    edges = [10 ** (-4 + step / 5) for step in range(21)]
+    samples = [(stats.boxes, BLUE, "boxes"), (stats.crops, ORANGE, "tool calls")]
+    samples = [some for some in samples if some[0]]
+    kept = [[min(max(boxes.area(box), edges[0]), 1) for box in sample] for sample, _, _ in samples]
+    colours, names = [colour for _, colour, _ in samples], [name for _, _, name in samples]
+    axis.hist(kept, bins=edges, stacked=True, color=colours, label=names)
+    axis.set(title="Area of a box", xlabel="share of its picture", ylabel="boxes", xscale="log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2%}" if x < 0.01 else f"{x:.0%}"))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False)
