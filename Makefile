@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Each worker keeps to one thread, so that two of them do not fight over two cores. Nothing is fetched from a hub.
+# loadfile: the tests of a file share a worker, and so what is slow to set up, a JupyterLab and a Chromium for one.
 test: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/ovisnb demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -77,6 +78,56 @@ def test_importing_the_package_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# room -> the rooms and libraries that its modules may import when they are imported
+ROOMS = {
+    "model": {"torch", "transformers"},
+    "data": set(),
+    "chat": {"torch", "data"},
+    "generate": {"torch", "transformers", "model", "data", "chat"},
+    "train": {"torch", "transformers", "model", "data", "chat"},
+    "show": {"data", "chat", "generate"},
+}
+LATER = {
+    ("data", "chat"),
+    ("show", "paths"),
+}  # what a function may import besides: to count tokens, to find shipped files
+
+
+def imports_of(node: ast.AST, room: str, inside: bool = False):
+    """(rooms, torch or transformers; whether only a function imports it) of every import."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            names = [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            names = [child.module or "" if not child.level else f"ovisnb.{room}"]
+        else:
+            yield from imports_of(child, room, inside or isinstance(child, (ast.FunctionDef, ast.Lambda)))
+            continue
+        for name in names:
+            first, _, rest = name.partition(".")
+            found = rest.partition(".")[0] if first == "ovisnb" else first
+            if first in ("ovisnb", "torch", "transformers") and found != room:
+                yield found, inside
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_rooms_import_in_one_direction(room):
+    for path in (ROOT / "ovisnb" / room).rglob("*.py"):
+        for found, inside in imports_of(ast.parse(path.read_text(encoding="utf-8")), room):
+            assert found in ROOMS[room] or (inside and (room, found) in LATER), f"{path} imports {found}"
+
+
+def test_every_room_has_its_rule():
+    rooms = {path.parent.name for path in (ROOT / "ovisnb").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+
+
+def test_no_module_is_longer_than_a_newcomer_reads():
+    files = [path for folder in ("ovisnb", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    long = {path.name: length for path in files if (length := len(path.read_text("utf-8").splitlines())) > 400}
+    assert not long
 
 
 @pytest.mark.parametrize("name", sorted(ovisnb._HOMES))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from PIL import Image
 
 from ovisnb.notebooks import parameters_of, run_notebook
 from ovisnb.parameters import ParameterError
+from tests.show.hostile import write_hostile
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -112,7 +115,15 @@ def test_a_notebook_runs_from_start_to_end_and_shows_its_pictures(notebook, tmp_
     expected = {
         "00_tiny": ["1.73 million parameters", "step 2/2", "image/png", "objects in the scene"],
         "01_data": ["longest record in tokens", "image/jpeg", "image/png", "&lt;tool_call&gt;Crop"],
-        "02_masks": ["of them train", "empty_think", "tool_response", "patches", "label none"],
+        "02_masks": [
+            "of them train",
+            "empty_think",
+            "tool_response",
+            "patches",
+            "label none",
+            "without thinking",
+            "difference",
+        ],
         "03_sft": ["step 2/2", "image/png", "image/jpeg"],
         "06_grounding": ["image/png", "image/jpeg"],
     }
@@ -142,3 +153,30 @@ def test_a_user_whose_data_has_no_boxes_gets_through_the_training_notebook(tmp_p
         {**SMALL["03_sft"], **parameters, "max_steps": 1, "heldout": 2, "output_dir": str(tmp_path / "run")},
     )
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["01_data", "02_masks"])
+def test_bad_records_stop_no_notebook(name, tmp_path):
+    path = write_hostile(tmp_path / "data")
+    parameters = {"model": MODEL, "data": str(path), "image_folder": str(tmp_path / "data" / "images")}
+    page = run_notebook(
+        ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "out.ipynb", parameters | SMALL[name] | {"max_records": 0}
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "there is no picture at missing.png" in text and "broken JSON" in text
+    assert "&lt;img src=x" in text or "&lt;script&gt;alert" in text
+    assert "<img src=x" not in text and "<script>alert" not in text
+
+
+@pytest.mark.parametrize("name", ["01_data", "02_masks"])
+def test_absolute_paths_are_taken_where_the_user_allows_them(name, tmp_path):
+    turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "a"}]
+    picture, empty = tmp_path / "photo.png", tmp_path / "empty"
+    empty.mkdir()
+    Image.new("RGB", (64, 48), "teal").save(picture)
+    (tmp_path / "data.json").write_text(json.dumps([{"image": str(picture), "conversations": turns}]))
+    parameters = {"model": MODEL, "data": str(tmp_path / "data.json"), "image_folder": str(empty)} | SMALL[name]
+    for allowed in (True, False):
+        given = parameters | {"allow_absolute": allowed}
+        page = run_notebook(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "out.ipynb", given)
+        assert ("leads out of the image_folder" in page.read_text(encoding="utf-8")) is not allowed
