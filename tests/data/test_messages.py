@@ -143,7 +143,8 @@ def test_the_index_of_a_part_says_which_picture(tmp_path):
         ({"messages": [{"role": "user"}]}, "message 1 of `messages` is not of the form"),
         ({"messages": "x"}, "`messages` is a list of messages"),
         ({"messages": []}, "the conversation has no turns"),
-        ({"chosen": [], "rejected": []}, "preferences, which are not read"),
+        ({"chosen": "a", "rejected": "b"}, "`chosen` is text, and there is no `prompt` that it answers"),
+        ({"prompt": "q", "chosen": 3}, "`chosen` is a list of messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "no message of the assistant stands before it"),
         ({"messages": [user("q"), assistant("c"), {"role": "tool", "content": "</tool_response>"}]}, "end it early"),
         ({"messages": [user("q")], "videos": ["a.mp4", "b.mp4"]}, "2 videos, and a record has one"),
@@ -164,6 +165,9 @@ def test_a_tool_answers_in_the_assistants_turn(tmp_path):
         user("?"),
     )
     assert texts(record) == ["Who?", f"{call}<tool_response>a cat</tool_response>\nIt is a cat.", "?"]
+    shown = [PICTURE, text("</tool_<image>response>")]  # a tag, once the placeholder in its middle is taken out
+    row = {"messages": [user("q"), assistant(call), {"role": "tool", "content": shown}], "images": ["a.png"]}
+    assert "end it early" in refused(tmp_path, row)
     crop = assistant("", tool_calls=[{"function": {"name": "crop", "arguments": '{"bbox_2d": [1, 2, 3.5, 4]}'}}])
     record = one(
         tmp_path, user("Who?"), crop, {"role": "tool", "content": [PICTURE]}, assistant("A cat."), images=["a"]
@@ -196,6 +200,26 @@ def test_prompt_and_completion(tmp_path):
     assert texts(record) == ["q"] and record.meta == {"prompt": "a topic"}
 
 
+def test_of_preferences_the_chosen_answer_is_read(tmp_path):
+    """TRL's preference forms: text or messages, the prompt beside the answers or at their beginning."""
+    asked, good, bad = user(PICTURE, text("Who?")), assistant("A cat."), assistant("A dog.")
+    talk = {"images": ["a.png"], "chosen": [asked, good], "rejected": [asked, bad]}
+    for row in (
+        {"prompt": [asked], "chosen": [good], "rejected": [bad], "images": ["a.png"]},
+        {"prompt": "<image>\nWho?", "chosen": "A cat.", "rejected": "A dog.", "images": ["a.png"]},
+        talk,
+        {**talk, "prompt": "Who?"},  # as UltraFeedback repeats its question
+    ):
+        [record] = read(tmp_path, row)
+        assert [(turn.role, turn.text) for turn in record.turns] == [("human", "<image>\nWho?"), ("gpt", "A cat.")]
+        assert record.meta["rejected"] == row["rejected"] and "chosen" not in record.meta
+        assert record.notes == ("of the two answers `chosen` is read, and `rejected` is only kept in `meta`",)
+        [back] = read_records(write_records([record], tmp_path / "back.jsonl", format="messages"))
+        assert back.to_dict() == record.to_dict()
+    [record] = read(tmp_path, {"prompt": "q", "completion": "a", "chosen": "b", "rejected": "c"})
+    assert texts(record) == ["q", "a"] and record.meta == {"chosen": "b", "rejected": "c"}
+
+
 def test_other_names_of_the_same_form(tmp_path):
     [record] = read(tmp_path, {"conversations": [user("q"), assistant("a")]})
     assert texts(record) == ["q", "a"]
@@ -210,7 +234,7 @@ def test_videos(tmp_path):
     for row, video in [
         ({"videos": ["a.mp4"]}, [Media(path="a.mp4")]),
         ({"video": "a.mp4"}, [Media(path="a.mp4")]),
-        ({"video": ["1.png", "2.png"]}, [Media(path="1.png"), Media(path="2.png")]),
+        ({"video": ["1.png", "2.png"], "videos": None}, [Media(path="1.png"), Media(path="2.png")]),
         ({"videos": [["1.png", "2.png"]]}, [Media(path="1.png"), Media(path="2.png")]),
     ]:
         for content in (user("What?"), user(film, text("What?"))):

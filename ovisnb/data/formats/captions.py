@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ovisnb.data.formats.parts import first_of, pictures, plain, refused, removed
+from ovisnb.data.formats.parts import first_of, pictures, plain, refuse_keys, refused, removed
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.record import IMAGE, VIDEO, Record, RecordError
 
@@ -66,8 +66,7 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
 
 def rows(records: Iterable[Record]) -> Iterator[dict]:
     """Records -> captions; only a record of one question about one picture and its answer can be one."""
-    for record in records:
-        yield _row(record)
+    return map(_row, records)
 
 
 READER = Reader("captions", "image and caption", matches, entries, rows)
@@ -98,9 +97,7 @@ def _row(record: Record) -> dict[str, Any]:
         raise refused(record, "a caption", f"its {IMAGE} does not stand in the question")
     if not caption.strip():
         raise refused(record, "a caption", "its answer is empty")
-    taken = [key for key in record.meta if key in (*_PICTURE, *_TEXT, _TEMPLATE)]
-    if taken:
-        raise refused(record, "a caption", f"`meta` holds {taken[0]!r}, which is a key of the format")
+    refuse_keys(record, "a caption", (*_PICTURE, *_TEXT, _TEMPLATE))
     row = {"id": record.id, "image": record.images[0].to_entry(), "caption": caption}
     if asked != TEMPLATE:
         row[_TEMPLATE] = asked

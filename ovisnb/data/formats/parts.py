@@ -112,6 +112,12 @@ def refused(record: Record, form: str, reason: str) -> RecordError:
     return RecordError(f"{record.where} cannot be written as {form}: {reason}")
 
 
+def refuse_keys(record: Record, form: str, keys: Iterable[str]) -> None:
+    """RecordError for a record whose `meta` holds one of `keys`, which mean something else in the format."""
+    if taken := [key for key in record.meta if key in keys]:
+        raise refused(record, form, f"`meta` holds {taken[0]!r}, which is a key of the format")
+
+
 def short(value: Any) -> str:
     """A value as an error shows it: on one line, not endless."""
     said = repr(value)
