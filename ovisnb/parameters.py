@@ -22,12 +22,11 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Optional, Union
 
 _INJECTED = "# Parameters"  # the first line of the cell that papermill writes
-
-_CONTAINERS = {"list": (list, tuple), "tuple": (list, tuple), "Sequence": (list, tuple), "dict": (dict,)}
-_ALIASES = {"List": "list", "Tuple": "tuple", "Dict": "dict", "Path": "str"}
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict, object)}
+_TYPES |= {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "Path": str, "anything": Any}
 
 
 class ParameterError(ValueError):
@@ -36,24 +35,34 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of a parameters cell.
-
-    `annotation` is the type as written (or that of the default), None where any value fits;
-    `default` is the source text of the default.
-    """
+    """One line of a parameters cell; `type` and `default` are source text, such as "str | None" and "None"."""
 
     name: str
-    annotation: ast.expr | None
+    type: str
+    """As written, or that of the default; "anything" where neither says one."""
     default: str
 
-    @property
-    def type(self) -> str:
-        """The type as a person reads it, such as "int" or "str | None"."""
-        return "anything" if self.annotation is None else ast.unparse(self.annotation)
-
     def accepts(self, value: Any) -> bool:
-        """Whether `value` is of the declared type: an int fits a float, a bool fits only a bool."""
-        return self.annotation is None or _fits(self.annotation, value, self.name)
+        """Whether `value` is of the type as pydantic is strict about JSON: an int fits a float, a bool only a bool.
+
+        Raises ParameterError for a type that is none of `_TYPES`.
+        """
+        from pydantic import PydanticUserError, TypeAdapter
+
+        if self.type == "anything":
+            return True
+        try:
+            kind = TypeAdapter(eval(self.type, {"__builtins__": {}}, _TYPES))
+        except (NameError, TypeError, AttributeError, SyntaxError, PydanticUserError):
+            raise ParameterError(
+                f"parameter {self.name!r} is declared as {self.type!r}, which cannot be checked: "
+                "use bool, int, float, str, list, tuple, dict, Literal, Any, or these joined by |"
+            ) from None
+        try:
+            kind.validate_json(json.dumps(value), strict=True)
+        except (TypeError, ValueError):
+            return False
+        return True
 
 
 def declared(source: str) -> dict[str, Parameter]:
@@ -68,14 +77,16 @@ def declared(source: str) -> dict[str, Parameter]:
     for statement in statements:
         match statement:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as default):
-                if _literal(default) is None and not _fits(annotation, None, name):
-                    annotation = ast.BinOp(annotation, ast.BitOr(), ast.Constant(None))
+                quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
+                kind = annotation.value if quoted else ast.unparse(annotation)
+                if _literal(default) is None and not Parameter(name, kind, "None").accepts(None):
+                    kind += " | None"
             case ast.Assign(targets=[ast.Name(id=name)], value=default):
                 value = _literal(default)
-                annotation = None if value is None or value is _UNKNOWN else ast.Name(type(value).__name__)
+                kind = "anything" if value is None or value is ... else type(value).__name__
             case _:
                 continue
-        found[name] = Parameter(name, annotation, ast.unparse(default))
+        found[name] = Parameter(name, kind, ast.unparse(default))
     return found
 
 
@@ -131,16 +142,6 @@ def check_parameters() -> None:
     check_values(declared(declarations), _assigned(history[injected]))
 
 
-class _Unknown:
-    """The value of source that is no literal."""
-
-    def __repr__(self) -> str:
-        return "?"
-
-
-_UNKNOWN = _Unknown()
-
-
 def _misfit(parameter: Parameter, value: Any) -> str:
     return (
         f"parameter {parameter.name!r} cannot be {value!r} ({type(value).__name__}): "
@@ -149,14 +150,14 @@ def _misfit(parameter: Parameter, value: Any) -> str:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of a literal, or of float("nan") as papermill writes it; _UNKNOWN for any other source."""
+    """The value of a literal, or of float("nan") as papermill writes it; `...` for any other source."""
     match node:
         case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as text)]):
             return float(text)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        return _UNKNOWN
+        return ...
 
 
 def _word(text: str) -> Any:
@@ -201,61 +202,3 @@ def _assigned(cell: str) -> dict[str, Any]:
         for statement in _statements(cell)
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
     }
-
-
-def _fits(annotation: ast.expr, value: Any, name: str) -> bool:
-    """Whether `value` is of the type that `annotation` writes."""
-    match annotation:
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Constant(value=str() as text):  # a type in quotes
-            return _fits(ast.parse(text, mode="eval").body, value, name)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _fits(left, value, name) or _fits(right, value, name)
-        case ast.Attribute(attr=attr):  # typing.Any, pathlib.Path
-            return _fits(ast.Name(attr), value, name)
-        case ast.Name(id=kind):
-            return _fits_kind(_ALIASES.get(kind, kind), value, name)
-        case ast.Subscript(value=ast.Name(id=kind) | ast.Attribute(attr=kind), slice=inner):
-            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            return _fits_generic(_ALIASES.get(kind, kind), parts, value, name)
-    raise _uncheckable(ast.unparse(annotation), name)
-
-
-def _fits_kind(kind: str, value: Any, name: str) -> bool:
-    if kind in ("Any", "object"):
-        return True
-    if kind == "bool":
-        return isinstance(value, bool)
-    if kind == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind == "float":
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "str":
-        return isinstance(value, str)
-    if kind in _CONTAINERS:
-        return isinstance(value, _CONTAINERS[kind])
-    raise _uncheckable(kind, name)
-
-
-def _fits_generic(kind: str, parts: list[ast.expr], value: Any, name: str) -> bool:
-    if kind == "Optional":
-        return value is None or _fits(parts[0], value, name)
-    if kind == "Union":
-        return any(_fits(part, value, name) for part in parts)
-    if kind == "Literal":
-        return any(value == choice and type(value) is type(choice) for choice in map(ast.literal_eval, parts))
-    if not _fits_kind(kind, value, name):
-        return False
-    if kind == "dict":
-        return all(_fits(parts[0], k, name) and _fits(parts[1], v, name) for k, v in value.items())
-    if kind == "tuple" and not (len(parts) == 2 and ast.unparse(parts[1]) == "..."):
-        return len(value) == len(parts) and all(_fits(part, v, name) for part, v in zip(parts, value, strict=True))
-    return all(_fits(parts[0], item, name) for item in value)
-
-
-def _uncheckable(kind: str, name: str) -> ParameterError:
-    return ParameterError(
-        f"parameter {name!r} is declared as {kind!r}, which cannot be checked: "
-        "use bool, int, float, str, list, tuple, dict, Literal, Any, or these joined by |"
-    )
