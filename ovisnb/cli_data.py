@@ -53,23 +53,21 @@ def validate(arguments: argparse.Namespace) -> int:
     from ovisnb.data.checks.pictures import Pictures
     from ovisnb.data.files import wants_lines
 
-    options = {name: getattr(arguments, name) for name in ("max_length", "max_area", "against", "format", "template")}
-    options |= {name: getattr(arguments, name) for name in _LIMITS}
-    options |= {"processor": _processor(arguments.model), "ignore": arguments.ignore}
-    if arguments.fix and arguments.fix.name and arguments.fix.exists():
-        raise FileExistsError(f"{arguments.fix} is there already: remove it, or give --fix another name")
-    if arguments.fix and arguments.fix.name:
-        wants_lines(arguments.fix)  # a name that says nothing is refused before the work
+    out = None if arguments.fix is True else arguments.fix
+    if out is not None:  # a name that will not do is refused before the work
+        if out.exists():
+            raise FileExistsError(f"{out} is there already: remove it, or give --fix another name")
+        wants_lines(out)
+    options = _given(arguments, "max_length", "max_area", "against", "ignore", *_READING, *_LIMITS)
     folder = _folder(arguments)
     with Pictures(folder, max_area=arguments.max_area, contents=bool(arguments.against)) as pictures:
-        options["pictures"] = pictures
+        options |= {"pictures": pictures, "processor": _processor(arguments.model)}
         report = validate(arguments.file, folder, **options, progress=True)
         _say(report.text(arguments.show))
         if arguments.json:
             report.write_json(arguments.json)
             _say(f"\nall faults: {arguments.json}")
-        if arguments.fix is not None:
-            out = arguments.fix if arguments.fix.name else None
+        if arguments.fix:
             _say("\n" + fix(arguments.file, out, folder, **options).text())
     return 0 if report.clean else 1
 
@@ -78,13 +76,13 @@ def split(arguments: argparse.Namespace) -> int:
     """Write FILE_train, FILE_val and FILE_test. All records of a picture go into the same one."""
     from ovisnb.data.split import check_ratios, split
 
-    ratios = {name: getattr(arguments, name) for name in ("train_ratio", "val_ratio", "test_ratio")}
+    ratios = _given(arguments, "train_ratio", "val_ratio", "test_ratio")
     try:
         check_ratios(ratios)
     except ValueError as error:
         arguments.parser.error(str(error))
-    options = {"seed": arguments.seed, "output_dir": arguments.output_dir, "format": arguments.format}
-    _say(split(arguments.file, **ratios, **options, image_folder=_folder(arguments), progress=True).text())
+    options = {**ratios, **_given(arguments, "seed", "output_dir", "format")}
+    _say(split(arguments.file, **options, image_folder=_folder(arguments), progress=True).text())
     return 0
 
 
@@ -93,8 +91,7 @@ def convert(arguments: argparse.Namespace) -> int:
     from ovisnb.data.checks.faults import plain
     from ovisnb.data.convert import convert_file
 
-    names = ("to", "boxes", "calls", "pictures", "format", "template")
-    options = {name: getattr(arguments, name) for name in names}
+    options = _given(arguments, "to", "boxes", "calls", "pictures", *_READING)
     done = convert_file(arguments.source, arguments.out, **options, image_folder=_folder(arguments))
     _say(f"{_records(done.records)} written to {done.path}")
     if arguments.pictures and arguments.pictures.is_dir():
@@ -116,11 +113,9 @@ def stats(arguments: argparse.Namespace) -> int:
     from ovisnb.data.stats import summarise_file
     from ovisnb.data.stats_text import padding_of, stats_dict, stats_text
 
-    limits = {name: getattr(arguments, name) for name in _LIMITS}
-    options = {"format": arguments.format, "template": arguments.template, "progress": True}
-    found = summarise_file(
-        arguments.file, _processor(arguments.model), image_folder=_folder(arguments), **options, **limits
-    )
+    options = _given(arguments, *_READING, *_LIMITS)
+    processor, folder = _processor(arguments.model), _folder(arguments)
+    found = summarise_file(arguments.file, processor, image_folder=folder, **options, progress=True)
     padding = padding_of(found, arguments.batch_tokens, arguments.batch_images, arguments.max_length)
     _say(stats_text(found, arguments.max_length, padding))
     if arguments.json:
@@ -128,6 +123,7 @@ def stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_READING = ("format", "template")
 _LIMITS = ("min_pixels", "max_pixels", "min_frames", "max_frames")
 
 
@@ -148,26 +144,17 @@ def _add_sample(parts: Any) -> None:
 
 def _add_validate(parts: Any) -> None:
     command = _command(parts, validate, "list everything that is wrong with a data file")
-    _add_file(command, "folder")
+    _add_file(command)
+    _add_reading(command, "image_folder", nargs="?")
     command.add_argument("--json", type=Path, metavar="FILE", help="write one entry a fault: kind, id, line, message")
-    command.add_argument(
-        "--fix",
-        nargs="?",
-        const=Path(),
-        type=Path,
-        metavar="OUT",
-        help="write a cleaned copy (default: FILE_clean beside FILE); FILE itself is never touched",
-    )
-    command.add_argument(
-        "--against", nargs="+", default=[], type=Path, metavar="FILE", help="other splits, to find pictures in both"
-    )
-    command.add_argument(
-        "--ignore", nargs="+", action="extend", default=[], type=_kind, metavar="KIND", help="kinds not to report"
-    )
+    said = "write a cleaned copy (default: FILE_clean beside FILE); FILE itself is never touched"
+    command.add_argument("--fix", nargs="?", const=True, type=Path, metavar="OUT", help=said)
+    said = "other splits, to find pictures in both"
+    command.add_argument("--against", nargs="+", default=[], type=Path, metavar="FILE", help=said)
+    more = {"action": "extend", "default": [], "type": _kind, "metavar": "KIND"}
+    command.add_argument("--ignore", nargs="+", **more, help="kinds not to report")
     command.add_argument("--show", type=int, default=5, metavar="N", help="faults of a kind to print (default: 5)")
-    command.add_argument(
-        "--max_area", type=int, metavar="N", help="most pixels a picture may have (default: 89,478,485)"
-    )
+    _add_numbers(command, max_area="most pixels a picture may have (default: 89,478,485)")
     _add_tokens(command)
     usual = command.format_help  # only for the help: argparse shows the usage with every mistake
     command.format_help = lambda: f"{usual()}\nkinds of faults:\n{_kinds()}\n"
@@ -175,7 +162,8 @@ def _add_validate(parts: Any) -> None:
 
 def _add_split(parts: Any) -> None:
     command = _command(parts, split, "split a data file into train, val and test")
-    _add_file(command, "option", template=False)
+    _add_file(command)
+    _add_reading(command, "--image_folder", template=False)
     for name, share in (("train", 0.8), ("val", 0.1), ("test", 0.1)):
         command.add_argument(f"--{name}_ratio", type=float, default=share, metavar="R", help=f"(default: {share})")
     command.add_argument("--seed", type=int, default=0, help="another seed, another split (default: 0)")
@@ -189,31 +177,28 @@ def _add_convert(parts: Any) -> None:
     command.add_argument("--to", metavar="FORMAT", help="the format of OUT (default: records)")
     command.add_argument("--boxes", choices=_CONVENTIONS, help="what <box> and <point> shall hold")
     command.add_argument("--calls", choices=_CONVENTIONS, help="what tool calls shall hold")
-    command.add_argument(
-        "--pictures", type=Path, metavar="DIR", help="where pictures that lie in IN itself are written"
-    )
-    _add_reading(command, "option")
+    said = "where pictures that lie in IN itself are written"
+    command.add_argument("--pictures", type=Path, metavar="DIR", help=said)
+    _add_reading(command, "--image_folder")
 
 
 def _add_stats(parts: Any) -> None:
     command = _command(parts, stats, "print the numbers of a data file")
-    _add_file(command, "folder")
+    _add_file(command)
+    _add_reading(command, "image_folder", nargs="?")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
-    command.add_argument("--batch_tokens", type=int, metavar="N", help="most tokens of a planned batch")
-    command.add_argument("--batch_images", type=int, metavar="N", help="most pictures of a planned batch")
+    limits = {"batch_tokens": "most tokens of a planned batch", "batch_images": "most pictures of a planned batch"}
+    _add_numbers(command, **limits)
     _add_tokens(command)
 
 
-def _add_file(command: argparse.ArgumentParser, folder: str, template: bool = True) -> None:
+def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", type=Path, help="the data file, of any format that is read")
-    _add_reading(command, folder, template)
 
 
-def _add_reading(command: argparse.ArgumentParser, folder: str, template: bool = True) -> None:
-    """How a data file is read; `folder` says whether IMAGE_FOLDER is an argument of its own or an option."""
-    name = ["image_folder"] if folder == "folder" else ["--image_folder"]
-    extra = {"nargs": "?"} if folder == "folder" else {}
-    command.add_argument(*name, **extra, metavar="IMAGE_FOLDER", type=Path, help="where the paths of pictures start")
+def _add_reading(command: argparse.ArgumentParser, folder: str, template: bool = True, **more: Any) -> None:
+    """How a data file is read; `folder` is the name of the image folder, which is an option or an argument."""
+    command.add_argument(folder, **more, metavar="IMAGE_FOLDER", type=Path, help="where the paths of pictures start")
     command.add_argument("--allow_absolute", action="store_true", help="take absolute paths from anywhere")
     command.add_argument("--format", metavar="NAME", help="the format of the file (default: told by its rows)")
     if template:
@@ -222,15 +207,23 @@ def _add_reading(command: argparse.ArgumentParser, folder: str, template: bool =
 
 def _add_tokens(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="PATH", help="checkpoint folder or hub id, to count tokens with")
-    command.add_argument("--max_length", type=int, metavar="N", help="the limit of a sample in tokens")
-    command.add_argument(
-        "--min_pixels", type=int, metavar="N", help="pictures are enlarged to this (default: the model's)"
+    _add_numbers(
+        command,
+        max_length="the limit of a sample in tokens",
+        min_pixels="pictures are enlarged to this (default: the model's)",
+        max_pixels="pictures are shrunk to this (default: the model's)",
+        min_frames="least frames taken of a video",
+        max_frames="most frames taken of a video",
     )
-    command.add_argument(
-        "--max_pixels", type=int, metavar="N", help="pictures are shrunk to this (default: the model's)"
-    )
-    command.add_argument("--min_frames", type=int, metavar="N", help="least frames taken of a video")
-    command.add_argument("--max_frames", type=int, metavar="N", help="most frames taken of a video")
+
+
+def _add_numbers(command: argparse.ArgumentParser, **options: str) -> None:
+    for name, said in options.items():
+        command.add_argument(f"--{name}", type=int, metavar="N", help=said)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _kinds() -> str:
@@ -243,13 +236,9 @@ def _kinds() -> str:
 
 def _check_json(arguments: argparse.Namespace) -> None:
     """Refuse a --json FILE that is one of the files that are read."""
-    read = [arguments.file, *getattr(arguments, "against", ())]
-    if (
-        arguments.json
-        and arguments.json.exists()
-        and any(one.exists() and arguments.json.samefile(one) for one in read)
-    ):
-        arguments.parser.error(f"--json would replace {arguments.json}, which is only read: give another name")
+    out, read = arguments.json, [arguments.file, *getattr(arguments, "against", ())]
+    if out and out.exists() and any(one.exists() and out.samefile(one) for one in read):
+        arguments.parser.error(f"--json would replace {out}, which is only read: give another name")
 
 
 def _kind(name: str) -> str:
