@@ -14,8 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-
-from PIL import Image
+from tempfile import TemporaryDirectory
 
 from ovisnb.data.files import wants_lines
 from ovisnb.data.formats import write_records
@@ -28,7 +27,7 @@ SYSTEM = "You answer questions about pictures of coloured shapes. Be short."
 _ASK = ("find", "count", "attribute", "point", "list", "reverse", "name", "map", "find_all", "compare")
 
 Scenes = Callable[..., Record]
-Pictures = list[tuple[str, Image.Image]]
+_Made = tuple[list[Turn], list[Media]]
 
 
 def make_sample(
@@ -53,80 +52,64 @@ def make_sample(
         if path.exists() or path.is_symlink():
             raise RecordError(f"{path} is there already: remove it, or give another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.mkdir()
-        write_records(_records(num_samples, seed, kinds, unfinished, folder.name), unfinished / out.name)
-        (unfinished / out.name).rename(held := out.with_name(f".{out.name}.{os.getpid()}.tmp"))
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
+        pictures, data = Path(unfinished, folder.name), Path(unfinished, out.name)
+        pictures.mkdir()
+        write_records(_records(num_samples, seed, kinds, pictures), data)
+        pictures.rename(folder)
         try:
-            unfinished.rename(folder)
-            os.replace(held, out)
-        finally:
-            held.unlink(missing_ok=True)
-            if not out.exists() and folder.exists():
-                shutil.rmtree(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            data.rename(out)
+        except OSError:
+            shutil.rmtree(folder)
+            raise
     return out
 
 
-def _records(number: int, seed: int, kinds: list[str], folder: Path, name: str) -> Iterator[Record]:
+def _records(number: int, seed: int, kinds: list[str], folder: Path) -> Iterator[Record]:
+    """The records, whose pictures are written to `folder` and named from the folder above it."""
     scenes, said = count(), set()
 
     def scene(*asked: str, turns: int = 1) -> Record:
         """The next scene with questions of these kinds about it."""
-        weights = dict.fromkeys(asked, 1.0)
         labels = 1.0 if "read" in asked else 0.3
-        maker = RecordMaker(
-            "train", seed, size=SIZE, n_objects=OBJECTS, labels=labels, kinds=weights, turns=(turns, turns)
-        )
-        return maker(next(scenes))
+        weights = dict.fromkeys(asked, 1.0)
+        options = {"size": SIZE, "n_objects": OBJECTS, "labels": labels, "kinds": weights, "turns": (turns, turns)}
+        return RecordMaker("train", seed, **options)(next(scenes))
 
     for at in range(number):
         kind = kinds[at % len(kinds)]
-        turns, pictures, video = FORMS[kind](scene, at // len(kinds))
-        while not pictures and turns[0] in said:  # the same words once more, without a picture to tell them apart
-            turns, pictures, video = FORMS[kind](scene, at // len(kinds))
-        said.update(turns[:1] if not pictures else [])
-        files: dict[int, str] = {}
-        for image, _ in pictures:
-            if id(image) not in files:
-                files[id(image)] = f"{name}/{at:04d}{'abcdefghij'[len(files)]}.png"
-                image.save(folder / Path(files[id(image)]).name)
-        media = [Media(path=files[id(image)], box=box) for image, box in pictures]
-        shown = {"video": media} if video else {"images": media}
-        yield Record(
-            id=f"sample-{at:04d}", turns=[Turn(role=role, text=text) for role, text in turns], kind=kind, **shown
-        )
+        turns, media = FORMS[kind](scene, at // len(kinds))
+        while not media and turns[0].text in said:  # the same words once more, without a picture to tell them apart
+            turns, media = FORMS[kind](scene, at // len(kinds))
+        said.add(turns[0].text)
+        files: dict[int, str] = {}  # several crops of a picture lie in one file
+        for one in media:
+            if id(one.image) not in files:
+                name = files[id(one.image)] = f"{at:04d}{'abcdefghij'[len(files)]}.png"
+                one.image.save(folder / name)
+        media = [Media(path=f"{folder.name}/{files[id(one.image)]}", box=one.box) for one in media]
+        yield Record(id=f"sample-{at:04d}", turns=turns, kind=kind, **{"video" if kind == "video" else "images": media})
 
 
-_Made = tuple[list[tuple[str, str]], list[tuple[Image.Image, tuple | None]], bool]
-
-
-def _said(record: Record) -> list[tuple[str, str]]:
-    return [(turn.role, turn.text) for turn in record.turns]
-
-
-def _shown(record: Record) -> list[tuple[Image.Image, tuple | None]]:
-    return [(media.image, media.box) for media in record.images]
+def _talk(human: str, gpt: str) -> list[Turn]:
+    return [Turn(role="human", text=human), Turn(role="gpt", text=gpt)]
 
 
 def _single(scene: Scenes, turn: int) -> _Made:
     record = scene(_ASK[turn % len(_ASK)], "find")
-    return _said(record), _shown(record), False
+    return record.turns, record.images
 
 
 def _crop(scene: Scenes, turn: int) -> _Made:
     record = scene("read")
-    return _said(record), _shown(record), False
+    return record.turns, record.images
 
 
 def _thinking(scene: Scenes, turn: int) -> _Made:
     record = scene("count")
-    names = [item["name"] for item in record.meta["objects"]]
-    thought = f"I see the {', the '.join(names)}."
-    answer = f"<think>\n{thought}\n</think>\n\n<answer>{record.turns[1].text}</answer>"
-    return [*_said(record)[:1], ("gpt", answer)], _shown(record), False
+    names = ", the ".join(item["name"] for item in record.meta["objects"])
+    answer = f"<think>\nI see the {names}.\n</think>\n\n<answer>{record.turns[1].text}</answer>"
+    return _talk(record.turns[0].text, answer), record.images
 
 
 def _several_pictures(scene: Scenes, turn: int) -> _Made:
@@ -134,34 +117,33 @@ def _several_pictures(scene: Scenes, turn: int) -> _Made:
     numbers = [len(record.meta["objects"]) for record in (first, second)]
     which = "Both alike" if numbers[0] == numbers[1] else f"The {'first' if numbers[0] > numbers[1] else 'second'}"
     said = f"{which}: there are {numbers[0]} in the first picture and {numbers[1]} in the second."
-    asked = "<image>\n<image>\nIn which picture are more shapes?"
-    return [("human", asked), ("gpt", said)], _shown(first) + _shown(second), False
+    return _talk("<image>\n<image>\nIn which picture are more shapes?", said), first.images + second.images
 
 
 def _turns(scene: Scenes, turn: int) -> _Made:
     record = scene("find", "count", "point", "reverse", turns=2)
-    return _said(record), _shown(record), False
+    return record.turns, record.images
 
 
 def _system(scene: Scenes, turn: int) -> _Made:
     record = scene("attribute", "count")
-    return [("system", SYSTEM), *_said(record)], _shown(record), False
+    return [Turn(role="system", text=SYSTEM), *record.turns], record.images
 
 
 def _text(scene: Scenes, turn: int) -> _Made:
     objects = scene("count").meta["objects"]
     names = ", ".join(f"a {item['name']}" for item in objects)
-    return [("human", f"In a picture are {names}. How many shapes are that?"), ("gpt", f"{len(objects)}")], [], False
+    return _talk(f"In a picture are {names}. How many shapes are that?", f"{len(objects)}"), []
 
 
 def _video(scene: Scenes, turn: int) -> _Made:
     """A window over one picture that moves to the right, or back."""
     image = scene("count").images[0].image
     half, steps = SIZE // 2, range(0, SIZE // 2 + 1, SIZE // 8)
-    frames = [image.crop((left, 0, left + half, half)) for left in steps]
+    frames = [Media(image=image.crop((left, 0, left + half, half))) for left in steps]
     way = "right" if turn % 2 == 0 else "left"
-    said = [("human", "<video>\nWhich way does the camera move?"), ("gpt", f"To the {way}.")]
-    return said, [(frame, None) for frame in (frames if way == "right" else frames[::-1])], True
+    said = _talk("<video>\nWhich way does the camera move?", f"To the {way}.")
+    return said, frames if way == "right" else frames[::-1]
 
 
 FORMS: dict[str, Callable[[Scenes, int], _Made]] = {
