@@ -113,27 +113,19 @@ def open_media(
 
     A picture that several are cut from is read once. Raises MediaError, naming the record.
     """
-    whole: dict[str, Image.Image] = {}
+    images, whole = [], {}
     image_folder = folder_of(record, image_folder)
-
-    def opened(media: Media, place: str) -> Image.Image:
-        with naming(record, place):
-            if media.path is None:
-                return open_image(media)
-            if media.path not in whole:
-                whole[media.path] = _open_whole(media, image_folder)
-            return _crop(whole[media.path], media)
-
-    images = [opened(media, f"image {number}") for number, media in enumerate(record.images, start=1)]
+    for number, media in enumerate(record.images, start=1):
+        with naming(record, f"image {number}"):
+            if media.origin not in whole:
+                whole[media.origin] = _open_whole(media, image_folder)
+            images.append(_crop(whole[media.origin], media))
     if record.video is None:
         return images, None
-    from ovisnb.data import video  # which needs this module; and most records have none
+    from ovisnb.data.video import open_frames  # which needs this module; and most records have none
 
-    if any(media.is_video for media in record.video):
-        with naming(record):
-            return images, video.open_frames(record.video, image_folder, min_frames, max_frames)
-    wanted = video.sample_frames(len(record.video), min_frames, max_frames)
-    return images, [opened(record.video[index], f"frame {index + 1}") for index in wanted]
+    with naming(record):
+        return images, open_frames(record.video, image_folder, min_frames, max_frames)
 
 
 @dataclass(frozen=True)

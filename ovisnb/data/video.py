@@ -14,7 +14,6 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -68,7 +67,7 @@ def frame_count(video: Sequence[Media], image_folder: Folder = None) -> int:
     if not _is_file(video):
         return len(video)
     with _opened(video[0], image_folder) as clip:
-        return clip.scan().count
+        return clip.scan()
 
 
 def frame_size(
@@ -94,8 +93,7 @@ def open_frames(
     if not _is_file(video):
         return _of_list(video, sample_frames(len(video), min_frames, max_frames), image_folder, open_image)
     with _opened(video[0], image_folder) as clip:
-        index = clip.scan()
-        return clip.frames(index, sample_frames(index.count, min_frames, max_frames))
+        return clip.frames(sample_frames(clip.scan(), min_frames, max_frames))
 
 
 def _of_list(video: Sequence[Media], wanted: Sequence[int], image_folder: Folder, read) -> list:
@@ -184,120 +182,86 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
     return stream
 
 
-# Which way the axes point after turning -> what Pillow calls that.
-_TURNS = {
-    (False, False): None,
-    (True, False): Image.Transpose.FLIP_LEFT_RIGHT,
-    (False, True): Image.Transpose.FLIP_TOP_BOTTOM,
-    (True, True): Image.Transpose.ROTATE_180,
-}
-_TURNS_ON_SIDE = {
-    (False, False): Image.Transpose.TRANSPOSE,
-    (False, True): Image.Transpose.ROTATE_270,
-    (True, False): Image.Transpose.ROTATE_90,
-    (True, True): Image.Transpose.TRANSVERSE,
-}
-
-
-@dataclass(frozen=True)
-class _Index:
-    """The frames of a file in the order they are shown: how many, and when (None where a time is missing)."""
-
-    count: int
-    times: list[int] | None
-    keys: list[int]  # times at which decoding can start
-
-
 class _Clip:
     """An open video file, and where in it decoding stands."""
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, name: str):
         self.container, self.stream, self.name = container, stream, name
-        self.coming: Iterator[av.VideoFrame] = iter(())
+        self.coming: Iterator[av.VideoFrame] = container.decode(stream)
         self.last: av.VideoFrame | None = None  # the frame decoded last
         self.decoded = 0
         self.size: tuple[int, int] | None = None
+        # Of `scan`: where each frame stands, in the order they are shown, and where decoding can start. A frame's
+        # place is its time or, where the file does not give them all, its number.
+        self.places: Sequence[int] = ()
+        self.keys: list[int] = []
+        self.timed = False
 
-    def scan(self) -> _Index:
-        """Every frame of the file, by reading its packets without decoding them."""
-        count, times, keys = 0, [], []
+    def scan(self) -> int:
+        """How many frames the file has, by reading their packets without decoding them."""
+        count, times = 0, []
         for packet in self.container.demux(self.stream):
-            if not packet.size:  # the mark at the end
-                continue
+            if not packet.size or (packet.is_discard and not packet.is_corrupt):
+                continue  # the mark at the end, or outside the part that the file says to play
             if packet.is_corrupt:
-                raise self._cut_off(count)
-            if packet.is_discard:  # outside the part that the file says to play
-                continue
+                raise MediaError(f"{self.name} is cut off after {count} frames: replace the file")
             count += 1
             if count > MOST_PACKETS:
                 raise MediaError(f"{self.name} has more than {MOST_PACKETS:,} frames: cut it into shorter clips")
             if packet.pts is not None:
-                times.append(packet.pts)
-                if packet.is_keyframe:
-                    keys.append(packet.pts)
+                times.append((packet.pts, packet.is_keyframe))
         if not count:
-            raise MediaError(f"{self.name} holds a video without a single frame: replace the file")
-        return _Index(count, sorted(times) if len(times) == count else None, sorted(keys))
+            raise EOFError
+        self.timed = len(times) == count
+        self.places = sorted(time for time, _ in times) if self.timed else range(count)
+        self.keys = sorted(time for time, key in times if key) if self.timed else []
+        return count
 
     def first(self) -> Image.Image:
         """The first frame."""
-        self.coming = self.container.decode(self.stream)
         self._decode()
         return _seen(self.last)
 
-    def _cut_off(self, count: int) -> MediaError:
-        return MediaError(f"{self.name} is cut off after {count} frames: replace the file")
-
-    def frames(self, index: _Index, wanted: Sequence[int]) -> list[Image.Image]:
+    def frames(self, wanted: Sequence[int]) -> list[Image.Image]:
         """The frames with these numbers, which ascend; where wanted ones are far apart, nothing between is decoded."""
         found: dict[int, Image.Image] = {}
-        self._seek(None)
+        self._rewind()
         for number in dict.fromkeys(wanted):
-            if index.times is None:
-                self._go_to(number, timed=False)
-            else:
-                self._leap(index, index.times[number])
-                self._go_to(index.times[number], timed=True)
-            if not found:
-                self._check_memory(len(set(wanted)))
+            place = self.places[number]
+            self._leap(place)
+            while self._now() < place and self._decode():
+                pass  # up to the frame, or the last one: a packet need not hold a picture of its own
+            width, height = self.size
+            if len(set(wanted)) * width * height > MOST_KEPT:
+                raise MediaError(
+                    f"{self.name}: {len(set(wanted)):,} frames of {width}x{height} pixels are too many to hold: "
+                    "lower max_frames"
+                )
             found[number] = _seen(self.last)
         return [found[number] for number in wanted]
 
-    def _check_memory(self, count: int) -> None:
-        width, height = self.size
-        if count * width * height > MOST_KEPT:
-            raise MediaError(
-                f"{self.name}: {count:,} frames of {width}x{height} pixels are too many to hold: lower max_frames"
-            )
-
-    def _leap(self, index: _Index, time: int) -> None:
-        """Go to the last key frame up to `time`, if it lies ahead."""
-        keys = index.keys[: bisect_right(index.keys, time)]
-        if not keys or (self.last is not None and keys[-1] <= self._now(timed=True)):
+    def _leap(self, place: int) -> None:
+        """Go to the last key frame up to `place`, if it lies ahead."""
+        before = bisect_right(self.keys, place)
+        if not before or self.keys[before - 1] <= self._now():
             return
-        self._seek(keys[-1])
+        self._rewind(self.keys[before - 1], stream=self.stream)
         self._decode()
-        if self._now(timed=True) > time:  # what the file says about its own places is wrong: walk instead
-            self._seek(None)
+        if self._now() > place:  # what the file says about its own places is wrong: walk instead
+            self._rewind()
 
-    def _go_to(self, place: int, timed: bool) -> None:
-        """Decode up to the frame at `place`, or the last one: a packet need not hold a picture of its own."""
-        while self.last is None or self._now(timed) < place:
-            if not self._decode():
-                break
-
-    def _now(self, timed: bool) -> int:
-        """Where the last frame stands: its time, or its number where the file gives no times."""
-        if not timed:
-            return self.decoded - 1
-        return -1 << 63 if self.last.pts is None else self.last.pts
+    def _now(self) -> int:
+        """The place of the last frame."""
+        if self.last is None or (self.timed and self.last.pts is None):
+            return -1 << 63
+        return self.last.pts if self.timed else self.decoded - 1
 
     def _decode(self) -> bool:
         """Move on to the next frame; False, staying where we are, at the end."""
         frame = next(self.coming, None)
         if frame is None:
             if self.last is None:
-                raise MediaError(f"{self.name} holds a video without a single frame: replace the file")
+                raise EOFError
             return False
         self.decoded += 1
         if self.decoded > MOST_DECODED:
@@ -308,11 +272,9 @@ class _Clip:
         self.last = frame
         return True
 
-    def _seek(self, time: int | None) -> None:
-        if time is None:
-            self.container.seek(0)
-        else:
-            self.container.seek(time, stream=self.stream)
+    def _rewind(self, time: int = 0, **options) -> None:
+        """Decode from `time` on, in the time base of a `stream`; by default from the start."""
+        self.container.seek(time, **options)
         self.coming, self.last = self.container.decode(self.stream), None
 
 
@@ -323,8 +285,10 @@ def _seen(frame: av.VideoFrame) -> Image.Image:
     if matrix is None:
         return image
     a, b, _, c, d = struct.unpack("=9i", bytes(matrix))[:5]  # x' = a x + c y, y' = b x + d y; y points down
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        turn = _TURNS[a < 0, d < 0]
-    else:
-        turn = _TURNS_ON_SIDE[b < 0, c < 0]
-    return image if turn is None else image.transpose(turn)
+    if abs(a) + abs(d) < abs(b) + abs(c):  # on its side: once x and y have changed places, x' = c x, y' = b y
+        image, a, d = image.transpose(Image.Transpose.TRANSPOSE), c, b
+    if a < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return image
