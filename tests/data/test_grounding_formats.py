@@ -170,7 +170,7 @@ def test_the_phrases_of_a_caption(tmp_path):
         "Find <ref>the cat</ref>",
     ]
     path = write(tmp_path, [box(1, 1, [0, 0, 50, 50], tokens_positive=[["a", 5]])], **more)
-    assert "holds text where numbers should be" in problems(path)[0]
+    assert "`tokens_positive` is [['a', 5]]: a list of [start, end] in the caption" in problems(path)[0]
 
 
 REFERRED = {"image": "a.jpg", "width": 200, "height": 100, "sent": "left dog", "bbox": [20, 50, 60, 90]}

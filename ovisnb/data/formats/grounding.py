@@ -45,14 +45,7 @@ NAME_KEYS = ("expression", "expressions", "sent", "sentence", "sentences", "sent
 NAME_KEYS += ("referring_expression",)
 FORM_KEYS = ("bbox_format", "box_format", "bbox_mode")
 QUESTIONS, FORMS, UNITS = ("find", "point"), ("xyxy", "xywh"), ("pixels", "normalised", "thousand")
-_BOX_KEYS = {
-    "bbox_xyxy": "xyxy",
-    "bbox_xywh": "xywh",
-    "box_xyxy": "xyxy",
-    "box_xywh": "xywh",
-    "bbox": None,
-    "box": None,
-}
+_BOX_KEYS = {f"{key}_{form}": form for form in FORMS for key in ("bbox", "box")} | {"bbox": None, "box": None}
 _OVER = 1.01  # annotators' boxes reach a pixel or two out of the picture
 
 
@@ -63,10 +56,6 @@ class Choices:
     questions: tuple[str, ...] = ("find",)
     form: str | None = None
     unit: str = "pixels"
-
-
-class _Unusable(RecordError):
-    """A box that cannot be drawn: no area, or outside its picture."""
 
 
 def matches_coco(entry: Any) -> bool:
@@ -82,7 +71,7 @@ def matches_refcoco(entry: Any) -> bool:
 
 def coco(entry: dict, options: Options, chosen: Choices = Choices()) -> Iterator[dict | RecordError]:
     """The questions of a COCO file, in the order of its pictures; an annotation that cannot be used is an error."""
-    names = {known["id"]: known.get("name") for known in _objects(entry, "categories", required=False)}
+    names = {known["id"]: known.get("name") for known in _objects({"categories": [], **entry}, "categories")}
     images = _objects(entry, "images")
     of_image: dict[Any, list[dict]] = {image["id"]: [] for image in images}
     for annotation in _objects(entry, "annotations"):
@@ -116,30 +105,26 @@ def refcoco(entry: dict, options: Options, chosen: Choices = Choices()) -> Itera
         )
     for number, one in enumerate(numbers if several else [numbers], start=1):
         named = f"`{box_key}`" + (f" {number}" if several else "")
-        try:
-            corners = _corners(one, form or "xywh", named)
-            if form is None and (corners.x2 > _OVER * extent[0] or corners.y2 > _OVER * extent[1]):
-                raise RecordError(
-                    f"{named} {short(one)} does not fit a picture of {extent[0]}x{extent[1]} as x, y, width, height: "
-                    'read the file with format="refcoco:xyxy" if these are corners, else "refcoco:xywh"'
-                )
-            box, note = _share(corners, extent, named)
-        except _Unusable as error:
-            raise RecordError(f"{error}: correct or drop it") from None
+        corners = _corners(one, form or "xywh", named)
+        if form is None and (corners.x2 > _OVER * extent[0] or corners.y2 > _OVER * extent[1]):
+            raise RecordError(
+                f"{named} {short(one)} does not fit a picture of {extent[0]}x{extent[1]} as x, y, width, height: "
+                'read the file with format="refcoco:xyxy" if these are corners, else "refcoco:xywh"'
+            )
+        box, note = _share(corners, extent, named)
+        if box is None:
+            raise RecordError(f"{note}: correct or drop it")
         found.append(box)
-        notes += note
+        notes += [note] if note else []
     rest = {key: value for key, value in entry.items() if key not in (picture_key, name_key, box_key)}
     if taken := next((key for key in ("conversations", "video", "image", "objects") if key in rest), None):
         raise RecordError(f"a row of this format may not have `{taken}` beside `{picture_key}`: rename it")
     names = _names(said, name_key)
     for number, name in enumerate(names):
-        for question in _questions("Find {the}", _name(name), found, chosen.questions, notes):
-            row = Entry({**rest, **question, "image": [shown]})
-            row.notes = question.notes
-            if _is_id(rest.get("id")):
-                suffix = (f"-{number}" if len(names) > 1 else "") + ("-point" if row["kind"] == "point" else "")
-                row["id"] = f"{rest['id']}{suffix}"
-            yield row
+        own = {**rest, "image": [shown]}
+        if len(names) > 1 and _is_id(rest.get("id")):
+            own["id"] = f"{rest['id']}-{number}"
+        yield from _questions("Find {the}", _name(name), found, chosen.questions, notes, own)
 
 
 def _of_image(
@@ -151,21 +136,22 @@ def _of_image(
     shown = picture(first_of(image, PICTURE_KEYS, "file_name")[1])
     size = _size(image, shown, options)
     groups: dict[Any, list[dict]] = {}
-    errors: list[RecordError] = []
+    crowds, errors = {}, []
     for annotation in annotations:
         try:
             key = _label(annotation, image, names)
         except RecordError as error:
             errors.append(RecordError(f"annotation {short(annotation['id'])}: {error}"))
-        else:
-            groups.setdefault(key, []).append(annotation)
+            continue
+        groups.setdefault(key, []).append(annotation)
+        if annotation.get("iscrowd"):
+            crowds.setdefault(key, annotation)
     notes = [
         f"no question about {name!r}: annotation {short(crowd['id'])} is a crowd (iscrowd)"
-        for (_, name), group in groups.items()
-        if (crowd := next((one for one in group if one.get("iscrowd")), None))
+        for (_, name), crowd in crowds.items()
     ]
     for (label, name), group in groups.items():
-        if any(one.get("iscrowd") for one in group):
+        if (label, name) in crowds:
             continue
         try:
             found, own = _boxes(group, size)
@@ -173,70 +159,67 @@ def _of_image(
             errors.append(error)
             continue
         head = "Find {the}" if "tokens_positive" in group[0] and "caption" in image else "Find every"
-        for row in _questions(head, name, found, chosen.questions, [*notes, *own]):
-            row["id"] = f"{image['id']}-{label}" + ("-point" if row["kind"] == "point" else "")
-            row["image"] = [shown]
-            yield row
+        more = {"id": f"{image['id']}-{label}", "image": [shown]}
+        yield from _questions(head, name, found, chosen.questions, [*notes, *own], more)
     yield from errors
 
 
 def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box], list[str]]:
     """-> (the boxes as shares of the picture, notes); RecordError if one is broken or none is left."""
-    found, notes, last = [], [], None
+    found, notes, unusable = [], [], None
     for annotation in annotations:
         named = f"annotation {short(annotation['id'])}: its box"
-        corners = _corners(annotation.get("bbox"), "xywh", named)
-        try:
-            box, note = _share(corners, size, named)
-        except _Unusable as error:
-            last = RecordError(f"{error}, and no other box of its kind is left: correct or drop it")
-            notes.append(f"{error}: it is left out")
+        box, note = _share(_corners(annotation.get("bbox"), "xywh", named), size, named)
+        if box is None:
+            unusable = note
+            notes.append(f"{note}: it is left out")
             continue
         found.append(box)
-        notes += note
+        notes += [note] if note else []
     if not found:
-        raise last
+        raise RecordError(f"{unusable}, and no other box of its kind is left: correct or drop it")
     return found, notes
 
 
 def _questions(
-    head: str, name: str, found: Sequence[Box], questions: Sequence[str], notes: Sequence[str]
+    head: str, name: str, found: Sequence[Box], kinds: Sequence[str], notes: Sequence[str], own: dict
 ) -> Iterator[Entry]:
-    """The find and point questions about the boxes of one name, with their answers."""
+    """The find and point questions about the boxes of one name, with their answers; `own` are the row's other keys."""
     the = "" if re.match(r"(the|a|an)\b", name, re.IGNORECASE) else "the "
     asked = f"{IMAGE}\n{head.format(the=the).rstrip()} <ref>{name}</ref>. "
     found = sorted(found, key=lambda box: (box.y1 + box.y2, box.x1 + box.x2))
     points = [(round((box.x1 + box.x2) / 2, 3), round((box.y1 + box.y2) / 2, 3)) for box in found]
-    for kind in questions:
+    for kind in kinds:
         written = [format_box(box) for box in found] if kind == "find" else [format_point(point) for point in points]
         answer = written[0] if len(written) == 1 else f"[{','.join(written)}]"
-        row = Entry(
-            kind=kind,
-            conversations=[
-                {"from": "human", "value": asked + (BOX_REQUEST if kind == "find" else POINT_REQUEST)},
-                {"from": "gpt", "value": f"<ref>{name}</ref>{answer}"},
-            ],
-            objects=[{"name": name, "box": list(box)} for box in found],
-        )
+        row = Entry(own)
+        row["kind"] = kind
+        row["conversations"] = [
+            {"from": "human", "value": asked + (BOX_REQUEST if kind == "find" else POINT_REQUEST)},
+            {"from": "gpt", "value": f"<ref>{name}</ref>{answer}"},
+        ]
+        row["objects"] = [{"name": name, "box": list(box)} for box in found]
+        if kind == "point" and _is_id(own.get("id")):
+            row["id"] = f"{own['id']}-point"
         row.notes = tuple(notes)
         yield row
 
 
-def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box, list[str]]:
-    """-> (`box` as shares with three decimals, cut to the picture, [what was cut])."""
-    where = f"the picture of {extent[0]}x{extent[1]}"
-    if boxes.area(box) <= 0:
-        raise _Unusable(f"{named} {_numbers(box)} has no area")
+def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box | None, str | None]:
+    """-> (`box` as shares with three decimals, cut to the picture, or None if nothing is left; what is wrong, or None)."""
+    named, where = f"{named} {_numbers(box)}", f"the picture of {extent[0]}x{extent[1]}"
     inside = boxes.clip(box, extent)
-    if boxes.area(inside) <= 0:
-        raise _Unusable(f"{named} {_numbers(box)} lies outside {where}")
     share = Box(*(min(round(number, 3), LARGEST) for number in boxes.convert(inside, "pixels", "normalised", extent)))
+    if boxes.area(box) <= 0:
+        return None, f"{named} has no area"
+    if boxes.area(inside) <= 0:
+        return None, f"{named} lies outside {where}"
     if boxes.area(share) <= 0:
-        raise _Unusable(f"{named} {_numbers(box)} is too thin on {where} to be written")
+        return None, f"{named} is too thin on {where} to be written"
     slack = max(extent) * 1e-3  # less than can be written
     if all(abs(a - b) <= slack for a, b in zip(inside, box)):
-        return share, []
-    return share, [f"{named} {_numbers(box)} reaches outside {where}: it was cut to {_numbers(inside)}"]
+        return share, None
+    return share, f"{named} reaches outside {where}: it was cut to {_numbers(inside)}"
 
 
 def _corners(numbers: Any, form: str, named: str) -> Box:
@@ -255,12 +238,9 @@ def _label(annotation: dict, image: dict, names: dict) -> tuple[Any, str]:
     """(what marks its question, its name) of an annotation."""
     spans, caption = annotation.get("tokens_positive"), image.get("caption")
     if isinstance(spans, list) and isinstance(caption, str):
-        if not spans or not all(isinstance(span, list) and len(span) == 2 and all(map(_is_id, span)) for span in spans):
+        if not spans or not all(isinstance(span, list) and list(map(type, span)) == [int, int] for span in spans):
             raise RecordError(f"its `tokens_positive` is {short(spans)}: a list of [start, end] in the caption")
-        try:
-            name = _name(" ".join(caption[start:end].strip() for start, end in spans))
-        except TypeError:
-            raise RecordError("its `tokens_positive` holds text where numbers should be") from None
+        name = _name(" ".join(caption[start:end].strip() for start, end in spans))
         return f"{spans[0][0]}-{spans[-1][1]}", name
     category = annotation.get("category_id")
     if not _is_id(category) or category not in names:
@@ -307,10 +287,8 @@ def _form(row: dict) -> str | None:
     return None
 
 
-def _objects(entry: dict, key: str, required: bool = True) -> list[dict]:
+def _objects(entry: dict, key: str) -> list[dict]:
     """The list under `key`, whose items are objects with an id."""
-    if key not in entry and not required:
-        return []
     listed = entry.get(key)
     if not isinstance(listed, list):
         raise RecordError(f"`{key}` is {short(listed)}: a COCO file has a list there")
