@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from typing import Any
 from ovisnb.data import boxes, markup
 from ovisnb.data.formats import Options, read_entries, to_record
 from ovisnb.data.media import Folder, folder_of, image_size
-from ovisnb.data.record import Media, Record, RecordError
+from ovisnb.data.record import IMAGE, Record, RecordError
 
 SAMPLE = 4096
 KINDS = 200  # different kinds that are counted by name; more are no kinds but free text
@@ -32,59 +33,47 @@ OTHER_KINDS = "(other kinds)"
 NO_KIND = "(none)"
 
 
-class Sample:
+class Sample(list):
     """An even sample of at most `limit` of the items added; `total` counts all of them.
 
     The same items in the same order give the same sample.
     """
 
     def __init__(self, limit: int = SAMPLE):
-        self.items: list[Any] = []
-        self.total, self.limit = 0, limit
-        self._chance = Random(0)
+        super().__init__()
+        self.total, self.limit, self._chance = 0, limit, Random(0)
 
     def add(self, item: Any) -> None:
         self.total += 1
-        if len(self.items) < self.limit:
-            self.items.append(item)
+        if len(self) < self.limit:
+            self.append(item)
         elif (at := self._chance.randrange(self.total)) < self.limit:
-            self.items[at] = item
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
+            self[at] = item
 
 
-class Numbers:
+class Numbers(array):
     """Whole numbers of 0 or more, one a record, in order: 4 bytes each."""
 
-    def __init__(self) -> None:
-        self.values = array("I")
+    def __new__(cls):
+        return super().__new__(cls, "I")
 
-    def add(self, number: int) -> None:
-        self.values.append(min(number, 2**32 - 1))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.values)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> int:
-        return self.values[index]
+    add = array.append
 
     def above(self, limit: int) -> int:
         """How many are more than `limit`."""
-        return sum(number > limit for number in self.values)
+        return sum(number > limit for number in self)
 
     def quantile(self, share: float) -> int:
         """The smallest number that at least `share` (0 to 1) of them do not exceed; ValueError for none."""
-        if not self.values:
-            raise ValueError("there are no numbers to take a quantile of")
-        ordered = sorted(self.values)
-        return ordered[min(max(math.ceil(share * len(ordered)) - 1, 0), len(ordered) - 1)]
+        return quantiles(self, share)[0]
+
+
+def quantiles(values: Iterable[float], *shares: float) -> list[float]:
+    """For each of `shares` (0 to 1) the smallest value that at least so many do not exceed; ValueError for no values."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("there are no numbers to take a quantile of")
+    return [ordered[max(math.ceil(share * len(ordered)), 1) - 1] for share in shares]
 
 
 @dataclass
@@ -131,7 +120,7 @@ class Stats:
 
 
 def summarise(
-    records: Iterable[Record],
+    records: Iterable[Record | RecordError],
     processor=None,
     *,
     image_folder: Folder = None,
@@ -139,29 +128,29 @@ def summarise(
     max_pixels: int | None = None,
     min_frames: int | None = None,
     max_frames: int | None = None,
-    stats: Stats | None = None,
 ) -> Stats:
     """Count `records`; with an Ovis2_5Processor also their tokens at these pixel limits.
 
-    `stats` is what was counted before, to which this is added. Pictures are measured from their headers, never
-    decoded. What is wrong with a record's pictures is one of `problems`; what `records` itself raises is raised, and
-    ValueError for limits that cross.
+    Pictures are measured from their headers, never decoded. What is wrong with a record's pictures is one of
+    `problems`, as is an error in place of a record; ValueError for limits that cross.
     """
-    stats = Stats() if stats is None else stats
+    stats = Stats()
     if processor is not None:
         processor.image_processor.limits(min_pixels, max_pixels)  # a mistake in these is no fault of any record
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "min_frames": min_frames, "max_frames": max_frames}
     for record in records:
+        if isinstance(record, RecordError):
+            stats.problems.add(" ".join(str(record).split()))
+            continue
         _count(stats, record)
         try:
-            sizes = _Sizes(folder_of(record, image_folder))
-            for media in [*record.images, *_frames(record)]:
-                stats.add_size(sizes.of(media))
-            _count_boxes(stats, record, sizes)
+            _count_pictures(stats, record, folder_of(record, image_folder))
             if processor is not None:
                 _count_tokens(stats, record, processor, {"image_folder": image_folder, **limits})
         except ValueError as error:  # RecordError, MediaError and EncodeError
-            stats.problems.add(_named(record, error))
+            said = " ".join(str(error).split())
+            named = repr(record.id) in said or said.startswith("record ")
+            stats.problems.add(said if named else f"{record.where}: {said}")
     return stats
 
 
@@ -181,10 +170,10 @@ def summarise_file(
     """
     from tqdm import tqdm
 
-    path, stats = Path(path), Stats()
+    path = Path(path)
     options = Options(path, image_folder, template)
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[Record | RecordError]:
         rows = read_entries(path, image_folder=image_folder, format=format, template=template)
         bar = tqdm(rows, path.name[:40], unit=" records", disable=None if progress else True)
         for index, (line, entry, problem) in enumerate(bar):
@@ -194,38 +183,10 @@ def summarise_file(
                     raise RecordError(f"{source}: {problem}")
                 record = to_record(entry, source=source, index=index, options=options)
             except RecordError as error:
-                stats.problems.add(" ".join(str(error).split()))
-                continue
+                record = error
             yield record
 
-    return summarise(records(), processor, image_folder=image_folder, stats=stats, **limits)
-
-
-class _Sizes:
-    """Sizes of one record's pictures; each file's header is read once."""
-
-    def __init__(self, folder: Folder):
-        self.folder, self.known = folder, {}
-
-    def of(self, media: Media) -> tuple[int, int]:
-        """(width, height) of the picture, or of the crop that `media` is."""
-        whole = self.whole(media)
-        if media.box is None:
-            return whole
-        left, top, right, bottom = boxes.crop_bounds(
-            boxes.convert(media.box, media.coordinates, "pixels", whole), whole
-        )
-        return right - left, bottom - top
-
-    def whole(self, media: Media) -> tuple[int, int]:
-        if media.origin not in self.known:
-            self.known[media.origin] = image_size(media.whole, self.folder)
-        return self.known[media.origin]
-
-
-def _frames(record: Record) -> list[Media]:
-    """The frames that are pictures; how many a video file has, only its reader knows."""
-    return [frame for frame in record.video or [] if not frame.is_video]
+    return summarise(records(), processor, image_folder=image_folder, **limits)
 
 
 def _count(stats: Stats, record: Record) -> None:
@@ -240,36 +201,33 @@ def _count(stats: Stats, record: Record) -> None:
             stats.calls[len(markup.calls(turn.text))] += 1
 
 
-def _count_boxes(stats: Stats, record: Record, sizes: _Sizes) -> None:
-    """Boxes and points of answers and questions, as shares of the last whole picture before them."""
-    whole, at = None, 0
+def _count_pictures(stats: Stats, record: Record, folder: Folder) -> None:
+    """Sizes, and the boxes and points of all turns as shares of the last whole picture before them."""
+    # how many frames a video file has, only its reader knows
+    for media in [*record.images, *(frame for frame in record.video or [] if not frame.is_video)]:
+        stats.add_size(image_size(media, folder))
+    kept = {"box": stats.boxes, "call": stats.crops, "point": stats.points}
+    images, whole, size = iter(record.images), None, None
     for turn in record.turns:
         found = [(region.start, region.kind, region.numbers) for region in markup.regions(turn.text)]
         found += [(call.start, "call", call.numbers) for call in markup.calls(turn.text)]
-        found += [(place, "image", ()) for place in _places(turn.text)]
+        found += [(match.start(), "image", None) for match in re.finditer(IMAGE, turn.text)]
         for _, kind, numbers in sorted(found, key=lambda item: item[0]):
             if kind == "image":
-                media, at = record.images[at], at + 1
-                whole = media if media.box is None else whole
+                media = next(images)
+                whole, size = (media, None) if media.box is None else (whole, size)
             elif numbers is not None:
                 of = record.call_coordinates if kind == "call" else record.box_coordinates
-                if of == "pixels" and whole is None:
-                    continue  # pixels of no picture
-                size = sizes.whole(whole) if of == "pixels" else None
-                kept = {"box": stats.boxes, "call": stats.crops, "point": stats.points}[kind]
+                if of == "pixels":
+                    if whole is None:
+                        continue  # pixels of no picture
+                    size = size or image_size(whole, folder)
                 change = boxes.convert_point if kind == "point" else boxes.convert
                 shares = tuple(change(numbers, of, "normalised", size))
                 if all(-0.01 <= share <= 1.01 for share in shares):
-                    kept.add(shares)
+                    kept[kind].add(shares)
                 else:
                     stats.outside += 1
-
-
-def _places(text: str) -> Iterator[int]:
-    at = text.find("<image>")
-    while at >= 0:
-        yield at
-        at = text.find("<image>", at + 1)
 
 
 def _count_tokens(stats: Stats, record: Record, processor, options: dict) -> None:
@@ -281,10 +239,3 @@ def _count_tokens(stats: Stats, record: Record, processor, options: dict) -> Non
     stats.tokens.add(tokens)
     stats.pictures.add(pictures)
     stats.supervised.add(int((encoded.labels != -100).sum()))
-
-
-def _named(record: Record, error: ValueError) -> str:
-    said = " ".join(str(error).split())
-    if isinstance(error, RecordError) and said.startswith("record "):
-        return said
-    return said if repr(record.id) in said else f"{record.where}: {said}"

@@ -7,12 +7,12 @@ print(stats_text(stats, max_length=4096, padding=padding_of(stats, 16384)))
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ovisnb.data.boxes import area
 from ovisnb.data.checks.faults import plain
-from ovisnb.data.stats import Stats
+from ovisnb.data.stats import Stats, quantiles
 
 BATCH_TOKENS = 16384
 _BARS = 8  # of the histogram of lengths
@@ -39,7 +39,7 @@ def padding_of(
     `batch_tokens` is 16,384 by default, or the longest record's if that is more. Raises ValueError for a
     record that is over a budget by itself.
     """
-    if not len(stats.tokens):
+    if not stats.tokens:
         return None
     from ovisnb.chat.batching import Length, padding, plan_batches  # torch, only where tokens were counted
 
@@ -70,19 +70,14 @@ def stats_dict(stats: Stats, max_length: int | None = None, padding: PaddingWast
         "points": stats.points.total,
         "calls": stats.crops.total,
         "outside": stats.outside,
-        "box_area": _quantiles([area(box) for box in stats.boxes]),
-        "call_area": _quantiles([area(box) for box in stats.crops]),
+        "box_area": _quantiles(map(area, stats.boxes)),
+        "call_area": _quantiles(map(area, stats.crops)),
         "problems": {"total": stats.problems.total, "first": list(stats.problems)},
     }
-    if len(stats.tokens):
-        found["tokens"] = {
-            "total": sum(stats.tokens),
-            "supervised": sum(stats.supervised),
-            **_quantiles(list(stats.tokens)),
-        }
+    if stats.tokens:
+        found["tokens"] = {"total": sum(stats.tokens), "supervised": sum(stats.supervised), **_quantiles(stats.tokens)}
         if max_length is not None:
-            found["tokens"]["max_length"] = max_length
-            found["tokens"]["over"] = stats.tokens.above(max_length)
+            found["tokens"] |= {"max_length": max_length, "over": stats.tokens.above(max_length)}
     if padding is not None:
         found["padding"] = padding._asdict()
     return found
@@ -90,57 +85,61 @@ def stats_dict(stats: Stats, max_length: int | None = None, padding: PaddingWast
 
 def stats_text(stats: Stats, max_length: int | None = None, padding: PaddingWaste | None = None) -> str:
     """The numbers as a table, safe to print."""
-    rows: list[tuple[str, str]] = [("records", f"{stats.records:,}")]
-    kinds = stats.kinds.most_common(12)
-    more = f", and {len(stats.kinds) - 12} more" if len(stats.kinds) > 12 else ""
-    rows.append(("by kind", ", ".join(f"{plain(kind, 40)} {number:,}" for kind, number in kinds) + more))
-    rows.append(("turns a record", _listed(stats.turns)))
-    rows.append(("pictures a record", _listed(stats.images)))
+    kinds = [f"{plain(kind, 40)} {number:,}" for kind, number in stats.kinds.most_common(12)]
+    kinds += [f"and {len(stats.kinds) - 12} more"] if len(stats.kinds) > 12 else []
+    rows = [
+        ("records", f"{stats.records:,}"),
+        ("by kind", ", ".join(kinds)),
+        ("turns a record", _listed(stats.turns)),
+        ("pictures a record", _listed(stats.images)),
+    ]
     rows += [("records with a video", f"{stats.videos:,}")] if stats.videos else []
     if stats.smallest and stats.largest:
         small, large = ("{}x{}".format(*size) for size in (stats.smallest, stats.largest))
-        widths, heights = zip(*stats.sizes)
-        middle = f"{_middle(widths)} wide, {_middle(heights)} high"
-        rows.append(("picture sizes", f"{small} to {large} pixels; the median is {middle}"))
+        wide, high = (quantiles(sides, 0.5)[0] for sides in zip(*stats.sizes))
+        rows.append(("picture sizes", f"{small} to {large} pixels; the median is {wide} wide, {high} high"))
     for name, sample in (("boxes", stats.boxes), ("boxes of tool calls", stats.crops)):
-        if sample.total:
-            shares = sorted(area(box) for box in sample)
-            low, mid, high = (f"{shares[int(at * (len(shares) - 1))]:.1%}" for at in (0.05, 0.5, 0.95))
-            rows.append((name, f"{sample.total:,}; they cover {low}, {mid}, {high} of the picture (5%, median, 95%)"))
+        if sample:
+            shares = ", ".join(f"{share:.1%}" for share in quantiles(map(area, sample), 0.05, 0.5, 0.95))
+            rows.append((name, f"{sample.total:,}; they cover {shares} of the picture (5%, median, 95%)"))
     rows += [("points", f"{stats.points.total:,}")] if stats.points.total else []
     rows += [("outside their picture", f"{stats.outside:,} boxes, points or calls")] if stats.outside else []
     rows.append(("tool calls an answer", _listed(stats.calls)))
-    bars = _token_rows(rows, stats, max_length) if len(stats.tokens) else []
+    rows += _token_rows(stats, max_length) if stats.tokens else []
     if padding is not None:
         batches = f"{padding.batches:,} {'batch' if padding.batches == 1 else 'batches'}"
         limit = f"up to {padding.batch_tokens:,} tokens"
-        rows.append(
-            ("padding", f"{padding.planned:.1%} of what is computed, in {batches} of {limit} planned by length;")
-        )
+        planned = f"{padding.planned:.1%} of what is computed, in {batches} of {limit} planned by length;"
+        rows.append(("padding", planned))
         rows.append(("", f"{padding.plain:.1%} in plain batches of {padding.plain_size:,}, in the file's order"))
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows] + bars
-    if stats.problems.total:
-        lines += [
-            "",
-            f"records that could not be counted in full: {stats.problems.total:,} (see `ovisnb data validate`)",
-        ]
-        lines += [f"  {plain(said)}" for said in list(stats.problems)[:5]]
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += _histogram(stats.tokens, max_length) if stats.tokens else []
+    if stats.problems:
+        said = f"records that could not be counted in full: {stats.problems.total:,} (see `ovisnb data validate`)"
+        lines += ["", said, *(f"  {plain(problem)}" for problem in stats.problems[:5])]
     return "\n".join(lines)
 
 
-def _token_rows(rows: list[tuple[str, str]], stats: Stats, max_length: int | None) -> list[str]:
-    """Add the rows about tokens; returns the lines of their histogram."""
-    tokens = stats.tokens
-    total, taught = sum(tokens), sum(stats.supervised)
-    rows.append(("tokens", f"{total:,}, of which {taught:,} ({taught / total:.1%}) are learned from"))
-    ranks = ", ".join(f"{tokens.quantile(share):,}" for share in (0.5, 0.95, 1))
-    rows.append(("tokens a record", f"{ranks} (median, 95%, longest)"))
+def _token_rows(stats: Stats, max_length: int | None) -> list[tuple[str, str]]:
+    total, taught = sum(stats.tokens), sum(stats.supervised)
+    ranks = ", ".join(f"{rank:,}" for rank in quantiles(stats.tokens, 0.5, 0.95, 1))
+    rows = [
+        ("tokens", f"{total:,}, of which {taught:,} ({taught / total:.1%}) are learned from"),
+        ("tokens a record", f"{ranks} (median, 95%, longest)"),
+    ]
     if max_length is not None:
-        over = tokens.above(max_length)
-        rows.append((f"over {max_length:,} tokens", f"{over:,} ({over / len(tokens):.1%})"))
+        over = stats.tokens.above(max_length)
+        rows.append((f"over {max_length:,} tokens", f"{over:,} ({over / len(stats.tokens):.1%})"))
+    return rows
+
+
+def _histogram(tokens: Iterable[int], max_length: int | None) -> list[str]:
+    """The lines of a histogram of lengths, in steps of 1, 2, 5, 10, ... tokens."""
     longest = max(tokens)
-    step = _round_up(longest / _BARS)
+    step = next(
+        size for size in (one * 10**zeros for zeros in range(12) for one in (1, 2, 5)) if size * _BARS >= longest
+    )
     bins = Counter((number - 1) // step for number in tokens)
     most = max(bins.values())
     lines = ["", "tokens     records"]
@@ -151,31 +150,18 @@ def _token_rows(rows: list[tuple[str, str]], stats: Stats, max_length: int | Non
     return lines
 
 
-def _round_up(number: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
-    unit = 1
-    while unit * 5 < number:
-        unit *= 10
-    return next(unit * step for step in (1, 2, 5) if unit * step >= number)
-
-
 def _listed(counts: Counter[int], shown: int = 8) -> str:
     """ "16 with 2, 6 with 3": how many have how many."""
-    found = [f"{number:,} with {value}" for value, number in sorted(counts.items())[:shown]]
+    found = [f"{number:,} with {value}" for value, number in sorted(counts.items())]
     rest = sum(number for _, number in sorted(counts.items())[shown:])
-    return ", ".join(found + ([f"{rest:,} with more"] if rest else [])) or "none"
+    return ", ".join(found[:shown] + ([f"{rest:,} with more"] if rest else [])) or "none"
 
 
 def _counts(counts: Counter[int]) -> dict[str, int]:
     return {str(value): number for value, number in sorted(counts.items())}
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
+def _quantiles(values: Iterable[float]) -> dict[str, float]:
+    names = {"min": 0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1}
     ordered = sorted(values)
-    names = (("min", 0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("max", 1))
-    return {name: ordered[round(at * (len(ordered) - 1))] for name, at in names} if ordered else {}
-
-
-def _middle(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
+    return dict(zip(names, quantiles(ordered, *names.values()))) if ordered else {}

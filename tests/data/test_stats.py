@@ -47,7 +47,9 @@ def test_tokens_are_those_of_the_encoder(golden_processor):
     with pytest.raises(ValueError, match="max_tokens"):
         padding_of(stats, 10)
     assert padding_of(stats, 100, max_length=50).batch_tokens == 100
-    assert json.dumps(stats_dict(stats, 300, waste)) and "<- limit" in stats_text(stats, 300, waste)
+    found = stats_dict(stats, 300, waste)
+    assert json.dumps(found) and "<- limit" in stats_text(stats, 300, waste)
+    assert found["tokens"]["median"] == stats.tokens.quantile(0.5)  # one median in the table and in the JSON
 
 
 def test_boxes_are_shares_whatever_they_count(tmp_path):
