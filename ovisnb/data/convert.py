@@ -11,20 +11,16 @@ it; a `<box>` in the whole pictures of the record, which must then be of one siz
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image, UnidentifiedImageError
 
 from ovisnb.data import markup
 from ovisnb.data.boxes import Convention, checked_convention, convert_point, write_numbers
 from ovisnb.data.files import written
 from ovisnb.data.formats import read_records, write_records
-from ovisnb.data.media import FORMATS, MediaError, folder_of, image_size
+from ovisnb.data.media import Folder, folder_of, image_size, inspect_image
 from ovisnb.data.record import IMAGE, Media, Record, RecordError, Turn
 from ovisnb.data.video import frame_size
 
@@ -47,7 +43,7 @@ def convert_record(
     *,
     boxes: Convention | None = None,
     calls: Convention | None = None,
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: Folder = None,
 ) -> Record:
     """The record with `<box>` and `<point>` (`boxes`) and tool calls (`calls`) in these conventions; None leaves them.
 
@@ -59,9 +55,8 @@ def convert_record(
     """
     try:
         return _Conversion(record, boxes, calls, image_folder).record()
-    except (ValueError, MediaError) as error:
-        said = str(error)
-        raise RecordError(said if said.startswith(record.where) else f"{record.where}: {said}") from None
+    except ValueError as error:
+        raise RecordError(f"{record.where}: {error}") from None
 
 
 def convert_file(
@@ -71,7 +66,7 @@ def convert_file(
     to: str | None = None,
     boxes: Convention | None = None,
     calls: Convention | None = None,
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: Folder = None,
     pictures: str | os.PathLike[str] | None = None,
     format: str | None = None,
     template: str | None = None,
@@ -110,7 +105,7 @@ def convert_file(
 class _Conversion:
     """One record on its way; sizes are looked up once, and only if pixels come in."""
 
-    def __init__(self, record: Record, boxes: Convention | None, calls: Convention | None, image_folder) -> None:
+    def __init__(self, record: Record, boxes: Convention | None, calls: Convention | None, image_folder: Folder):
         self.was, self.folder = record, folder_of(record, image_folder)
         self.of_boxes, self.of_calls = record.box_coordinates, record.call_coordinates
         self.boxes = self.of_boxes if boxes is None else checked_convention(boxes)
@@ -125,15 +120,12 @@ class _Conversion:
         for number, turn in enumerate(self.was.turns, start=1):
             try:
                 turns.append(Turn(role=turn.role, text=self.text(turn, pictures)))
-            except MediaError:
-                raise
             except ValueError as error:
                 raise RecordError(f"turn {number}: {error}") from None
             pictures += turn.text.count(IMAGE)
-        fields = {name: getattr(self.was, name) for name in Record.model_fields}
         images = [self.crop(media) for media in self.was.images]
         own = {"turns": turns, "images": images, "box_coordinates": self.boxes, "call_coordinates": self.calls}
-        return Record(**{**fields, **own})
+        return Record(**{**dict(self.was), **own})
 
     def text(self, turn: Turn, pictures: int) -> str:
         """A turn's text, before which `pictures` of the record's images stand."""
@@ -185,7 +177,7 @@ class _Conversion:
         if box is None or media.coordinates != self.of_calls:
             return media
         try:
-            return Media(path=media.path, image=media.image, data=media.data, box=box, coordinates=self.calls)
+            return media.whole.crop(box, self.calls)
         except RecordError:
             raise RecordError(f"the crop {list(media.box)} is too small to be written as {self.calls}") from None
 
@@ -221,12 +213,12 @@ def _file_of(record: Record, src: Path) -> Path:
     return path if path.exists() else src
 
 
-def _with_files(record: Record, image_folder, pictures: str | os.PathLike[str] | None) -> Record:
+def _with_files(record: Record, image_folder: Folder, pictures: str | os.PathLike[str] | None) -> Record:
     """The record with every picture a path from the image folder, as a file needs it."""
 
     def placed(media: Media) -> Media:
         if media.data is not None and pictures is not None:
-            return media.model_copy(update={"data": None, "path": _saved(media.data, Path(pictures), record)})
+            return media.model_copy(update={"data": None, "path": _saved(media, Path(pictures), record)})
         if media.path is None or record.folder is None:
             return media
         path = Path(record.folder) / media.path
@@ -234,22 +226,19 @@ def _with_files(record: Record, image_folder, pictures: str | os.PathLike[str] |
             path = path.resolve().relative_to(Path(image_folder).resolve())
         return media.model_copy(update={"path": path.as_posix()})
 
-    def all_placed(media: Iterable[Media]) -> list[Media]:
-        return [placed(one) for one in media]
-
-    video = None if record.video is None else all_placed(record.video)
-    return record.model_copy(update={"images": all_placed(record.images), "video": video, "folder": None})
+    images = [placed(media) for media in record.images]
+    video = None if record.video is None else [placed(media) for media in record.video]
+    return record.model_copy(update={"images": images, "video": video, "folder": None})
 
 
-def _saved(data: bytes, folder: Path, record: Record) -> str:
+def _saved(media: Media, folder: Path, record: Record) -> str:
     """Write an encoded picture into `folder` -> its name there, made of its content."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            suffix = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(image.format, image.format.lower())
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise RecordError(f"{record.where}: a picture cannot be saved ({error})") from None
-    name = f"{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
+    facts = inspect_image(media.whole)
+    if facts.format is None:
+        raise RecordError(f"{record.where}: a picture cannot be saved: {facts.problem}")
+    suffix = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(facts.format, facts.format.lower())
+    name = f"{facts.digest[:20]}.{suffix}"
     if not (folder / name).exists():
         with written(folder / name) as file:
-            file.write(data)
+            file.write(media.data)
     return name

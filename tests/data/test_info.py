@@ -135,7 +135,7 @@ def test_each_set_has_its_own_folder_format_and_template(tmp_path):
     [
         (
             {"a": {"meta_fil": "a.json", "image_dir": "x"}},
-            "the data set 'a' has the unknown key 'meta_fil': did you mean `meta_file`",
+            "the data set 'a' has the unknown key 'meta_fil': did you mean 'meta_file'",
         ),
         ({"a": {"meta_file": "a.json"}, "b": {"format": "x"}}, "the data set 'b' has no `meta_file`"),
         ({"a": {"meta_file": "a.json", "data_path": "b.json"}}, "has both `meta_file` and `data_path`"),

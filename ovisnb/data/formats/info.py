@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ovisnb.data.formats.parts import is_number
 from ovisnb.data.formats.rows import Entry, Options, Reader, Row, read_rows
 from ovisnb.data.media import Folder, folder_or
 from ovisnb.data.record import RecordError
@@ -187,9 +187,7 @@ def _data_set(name: str, fields: Any, base: Path) -> DataSet:
     known = [key for keys in KEYS.values() for key in keys]
     for key in fields:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean `{near[0]}`?" if near else f"use {', '.join(known[:-1])} or {known[-1]}"
-            raise RecordError(f"{where} has the unknown key {key!r}: {hint}")
+            raise RecordError(f"{where} has the unknown key {key!r}: {_near(key, known)}")
     values = {meaning: _value(fields, keys, where) for meaning, keys in KEYS.items()}
     path = values["path"]
     if path is None:
@@ -221,8 +219,7 @@ def _value(fields: dict, keys: tuple[str, ...], where: str) -> Any:
 def _weight(value: Any, where: str) -> float | None:
     if value is None:
         return None
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not 0 < value < 1e9 or not math.isfinite(value):
+    if not is_number(value) or value <= 0:
         raise RecordError(f"{where}: `weight` is not a number above 0: correct it, or drop the set")
     return float(value)
 
@@ -230,14 +227,18 @@ def _weight(value: Any, where: str) -> float | None:
 def _chosen(sets: list[DataSet], names: str) -> list[DataSet]:
     by_name = {data_set.name: data_set for data_set in sets}
     wanted = [name.strip() for name in names.replace(",", "|").split("|") if name.strip()]
-    for name in wanted:
-        if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, by_name))}"
-            raise RecordError(f"there is no data set {name!r}: {hint}")
     if not wanted:
         raise RecordError(f"no data set is named: give some of {', '.join(by_name)}, joined by |")
+    for name in wanted:
+        if name not in by_name:
+            raise RecordError(f"there is no data set {name!r}: {_near(name, by_name)}")
     return [by_name[name] for name in dict.fromkeys(wanted)]
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by an unknown name."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"use some of {', '.join(map(repr, known))}"
 
 
 def _entries_of(data_set: DataSet, options: Options) -> Iterator[Entry | RecordError]:
@@ -245,12 +246,14 @@ def _entries_of(data_set: DataSet, options: Options) -> Iterator[Entry | RecordE
     from ovisnb.data import formats  # which knows this reader
 
     options = data_set.options(options.image_folder, options.template)
+    # A data-info file in a data-info file may name itself, and would never end.
+    nested = "it is a data-info file itself: name the data files that it lists"
     try:
         reader = None if data_set.format is None else formats.reader_of(data_set.format)
-        rows = formats.entries_of(_no_info(read_rows(data_set.path)), reader, options)
+        rows = (Row(row.line, None, nested) if matches(row.entry) else row for row in read_rows(data_set.path))
     except RecordError as error:
         raise RecordError(f"the data set {data_set.name!r}: {error}") from None
-    for index, (line, entry, problem) in enumerate(rows):
+    for index, (line, entry, problem) in enumerate(formats.entries_of(rows, reader, options)):
         source = f"{data_set.path}:{line}"
         if problem is None and not isinstance(entry, dict):
             problem = "a row is an object"
@@ -258,15 +261,5 @@ def _entries_of(data_set: DataSet, options: Options) -> Iterator[Entry | RecordE
             yield RecordError(f"{source}: {problem}")
             continue
         known = entry if isinstance(entry, Entry) else Entry(entry)
-        known.source, known.index = source, index
-        known.folder = data_set.folder
+        known.source, known.index, known.folder = source, index, data_set.folder
         yield known
-
-
-def _no_info(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows, but for a data-info file: one that names itself would never end."""
-    for row in rows:
-        if matches(row.entry):
-            yield Row(row.line, None, "it is a data-info file itself: name the data files that it lists")
-        else:
-            yield row
