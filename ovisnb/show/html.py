@@ -1,4 +1,4 @@
-"""Static HTML: one small object a notebook displays, escaped text, pictures as data URIs.
+"""Static HTML: one small object a notebook displays, tables and lists of escaped text, and plots.
 
 JupyterLab removes <style> and <script> from the outputs of a notebook it has not run itself
 (every notebook that papermill executed), so all looks are inline styles and nothing is scripted.
@@ -6,18 +6,17 @@ JupyterLab removes <style> and <script> from the outputs of a notebook it has no
 
 from __future__ import annotations
 
-import base64
 import io
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-
-from PIL import Image
 
 from .pieces import one_line
 
 FONT = "font-family:system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;font-size:13px;line-height:1.5"
 MONO = "font-family:ui-monospace,'SFMono-Regular',Menlo,'DejaVu Sans Mono',monospace"
 MUTED = "color:#7f7f7f"  # contrast of at least 3.9 on white and on JupyterLab's dark grey
+BLUE, ORANGE, RED, GREY = "#0072b2", "#e69f00", "#d55e00", "#8a8a8a"  # of Okabe & Ito's colour-blind-safe set
 
 
 class Html:
@@ -44,39 +43,32 @@ class Html:
         return path
 
 
-def data_uri(image: Image.Image, *, height: int | None = None, width: int | None = None) -> str:
-    """`image` shrunk to fit `height` and `width` in pixels (never enlarged) as a JPEG data URI."""
-    image = image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
-    scale = min(1.0, (height or image.height) / image.height, (width or image.width) / image.width)
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)  # shrunk in two steps: six times as fast
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+def words(text: object, limit: int = 200) -> str:
+    """Text of the data on one line, escaped: nothing invisible in it, in its own direction, cut at `limit` characters."""
+    return f"<bdi>{escape(one_line(str(text), limit))}</bdi>"
 
 
-def picture(image: Image.Image, *, height: int, width: int | None = None, alt: str = "") -> str:
-    """An <img> at most `height` x `width` CSS pixels; twice that in stored pixels, for sharp screens."""
-    limit = {"height": height * 2, "width": width * 2 if width else None}
-    scale = min(height / image.height, width / image.width if width else height / image.height)
-    shown = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return (
-        f'<img src="{data_uri(image, **limit)}" alt="{escape(alt)}" width="{shown[0]}" height="{shown[1]}" '
-        f'style="max-width:100%;height:auto;border-radius:4px;display:block">'
-    )
+def muted(text: str) -> str:
+    """A line of its own in small grey letters; `text` is HTML."""
+    return f'<div style="{MUTED};font-size:12px">{text}</div>'
 
 
-def table(rows: list[tuple], *, head: tuple = ()) -> str:
-    """A plain table; names in the first column, numbers right-aligned in the others, all text escaped."""
+def more(count: int, name: str) -> str:
+    """The line that says how many are left out; "" for none."""
+    return muted(f"… {count:,} more {name}{'s are' if count > 1 else ' is'} not shown") if count > 0 else ""
+
+
+def table(rows: Sequence[tuple], *, head: tuple = ()) -> str:
+    """A plain table: names in the first column and `Html` left-aligned, numbers and the rest right-aligned and escaped."""
 
     def line(values: tuple, tag: str) -> str:
         cells = []
         for column, value in enumerate(values):
-            text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
-            align = "left" if column == 0 else "right"
-            style = f"text-align:{align};padding:2px 10px 2px 0;white-space:nowrap"
-            cells.append(f'<{tag} style="{style}">{escape(text)}</{tag}>')
+            text = f"{value:,}" if isinstance(value, (int, float)) else escape(str(value))
+            style = f"text-align:{'right' if column else 'left'};white-space:nowrap"
+            if isinstance(value, Html):
+                text, style = str(value), "text-align:left;overflow-wrap:anywhere"
+            cells.append(f'<{tag} style="{style};padding:2px 10px 2px 0;vertical-align:top">{text}</{tag}>')
         return f"<tr>{''.join(cells)}</tr>"
 
     lines = [line(head, "th")] if head else []
@@ -84,11 +76,17 @@ def table(rows: list[tuple], *, head: tuple = ()) -> str:
     return f'<table style="{FONT};border-collapse:collapse;margin:6px 0">{"".join(lines)}</table>'
 
 
-def warnings(sentences: list[str], *, limit: int = 10) -> str:
-    """The first `limit` sentences on what is wrong, a line each, all text escaped; "" for none."""
-    lines = [f"⚠ <bdi>{escape(one_line(sentence, 500))}</bdi>" for sentence in sentences[:limit]]
-    lines += [f"… and {len(sentences) - limit:,} more"] if len(sentences) > limit else []
-    return "".join(f'<div style="{FONT};overflow-wrap:anywhere">{line}</div>' for line in lines)
+def warnings(problems: Sequence[str | tuple[str, str]], *, limit: int = 12) -> str:
+    """The first `limit` sentences on what is wrong, or (kind, sentence), a line each, escaped; "" for none."""
+    lines = []
+    for problem in problems[:limit]:
+        kind, sentence = ("", problem) if isinstance(problem, str) else problem
+        kind = f"<b>{words(kind, 60)}</b> " if kind else ""
+        lines.append(f'<div style="overflow-wrap:anywhere">⚠ {kind}{words(sentence, 500)}</div>')
+    if not lines:
+        return ""
+    style = f"{FONT};border-left:3px solid {RED};padding-left:10px;margin:6px 0"
+    return f'<div style="{style}">{"".join(lines)}{more(len(problems) - limit, "problem")}</div>'
 
 
 class Plot:
@@ -99,9 +97,10 @@ class Plot:
 
     def _repr_png_(self) -> tuple[bytes, dict]:
         stream = io.BytesIO()
-        self.figure.savefig(stream, format="png", dpi=160, facecolor="white")
+        self.save(stream)
         width, height = (round(80 * side) for side in self.figure.get_size_inches())
         return stream.getvalue(), {"width": width, "height": height}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | io.BytesIO) -> None:
+        """Write it in the format of its ending, or as PNG."""
         self.figure.savefig(path, dpi=160, facecolor="white")

@@ -23,15 +23,12 @@ from ovisnb.data import boxes
 from ovisnb.data.checks.faults import KINDS
 from ovisnb.data.stats import Stats
 
-from .data import words
-from .html import FONT, MUTED, Html, Plot, table
+from .html import BLUE, FONT, GREY, MUTED, ORANGE, RED, Html, Plot, more, table, warnings, words
 from .shelf import Shelf
 
-BLUE, ORANGE, RED, GREY = "#0072b2", "#e69f00", "#d55e00", "#8a8a8a"
 ROWS = 20  # kinds that are listed
 FEW = 80  # boxes that are drawn one by one
 EXAMPLES = 3  # faults of a kind that are listed
-_CELL = "padding:2px 12px 2px 0;vertical-align:top"
 
 
 def overview_table(stats: Stats, shelf: Shelf | None = None, *, max_length: int | None = None) -> Html:
@@ -41,19 +38,14 @@ def overview_table(stats: Stats, shelf: Shelf | None = None, *, max_length: int 
     rows += [("pictures and frames", stats.sizes.total), ("records with a video", stats.videos)]
     if stats.smallest and stats.largest:
         rows.append(("smallest, largest picture", "{}×{}, {}×{}".format(*stats.smallest, *stats.largest)))
-    if stats.boxes.total or stats.points.total or stats.crops.total:
-        rows.append(
-            ("boxes, points, tool calls", f"{stats.boxes.total:,}, {stats.points.total:,}, {stats.crops.total:,}")
-        )
+    marks = (stats.boxes.total, stats.points.total, stats.crops.total)
+    if any(marks):
+        rows.append(("boxes, points, tool calls", ", ".join(f"{count:,}" for count in marks)))
     if len(stats.tokens):
         total, trained = sum(stats.tokens), sum(stats.supervised)
+        middle, high = (f"{stats.tokens.quantile(share):,}" for share in (0.5, 0.95))
         rows += [("tokens", total), ("supervised tokens", f"{trained:,} ({trained / total:.1%})")]
-        rows.append(
-            (
-                "tokens of a record: median, 95th percentile",
-                f"{stats.tokens.quantile(0.5):,}, {stats.tokens.quantile(0.95):,}",
-            )
-        )
+        rows.append(("tokens of a record: median, 95th percentile", f"{middle}, {high}"))
         rows.append(("longest record in tokens", max(stats.tokens)))
         if max_length:
             over = stats.tokens.above(max_length)
@@ -61,50 +53,34 @@ def overview_table(stats: Stats, shelf: Shelf | None = None, *, max_length: int 
     if stats.problems.total:
         rows.append(("records not counted in full", stats.problems.total))
     short = shelf.without_folders if shelf is not None else str
-    lines = [f'<div style="{FONT};overflow-wrap:anywhere">⚠ <bdi>{words(said, 300)}</bdi></div>'
-             for said in map(short, list(stats.problems)[:EXAMPLES])]  # fmt: skip
-    return Html(table(rows) + "".join(lines))
+    return Html(table(rows) + warnings([short(said) for said in stats.problems][:EXAMPLES]))
 
 
 def kind_table(stats: Stats) -> Html:
     """Records by kind, most frequent first, each with a bar."""
     kinds = stats.kinds.most_common()
-    most = kinds[0][1] if kinds else 1
     rows = []
     for kind, count in kinds[:ROWS]:
-        bar = f'<div style="width:{max(2, round(260 * count / most))}px;height:11px;margin-top:4px;background-color:{BLUE}"></div>'
-        cells = (f"<bdi>{words(kind, 60)}</bdi>", f"{count:,}", f"{count / stats.records:.1%}", bar)
-        rows.append("".join(f'<td style="{_CELL};text-align:{"right" if at in (1, 2) else "left"}">{cell}</td>'
-                            for at, cell in enumerate(cells)))  # fmt: skip
-    head = "".join(f'<th style="{_CELL};text-align:{side}">{name}</th>'
-                   for name, side in (("kind", "left"), ("records", "right"), ("share", "right"), ("", "left")))  # fmt: skip
-    more = len(kinds) - ROWS
-    rest = f'<div style="{MUTED};font-size:12px">… {more:,} more kinds</div>' if more > 0 else ""
-    lines = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
-    return Html(f'<div style="{FONT}"><table style="{FONT};border-collapse:collapse">{lines}</table>{rest}</div>')
+        style = f"width:{max(2, round(260 * count / kinds[0][1]))}px;height:11px;margin-top:4px;background-color:{BLUE}"
+        bar = Html(f'<div style="{style}"></div>')
+        rows.append((Html(words(kind, 60)), count, f"{count / stats.records:.1%}", bar))
+    return Html(table(rows, head=("kind", "records", "share", "")) + more(len(kinds) - ROWS, "kind"))
 
 
 def problem_table(shelf: Shelf) -> Html:
     """What is wrong with the data, by kind: how often, what it means, and the first few of each."""
-    headline = f'<div style="{FONT}"><b>{words(shelf.verdict, 400)}</b></div>'
-    lines = []
+    rows = []
     for kind, count in shelf.counts.items():
-        shown = []
+        parts = [f"<div>{words(KINDS.get(kind, ''))}</div>"]
         for fault in islice((fault for fault in shelf.faults if fault.kind == kind), EXAMPLES):
-            place = [words(fault.id, 60)] if fault.id is not None else []
+            place = [fault.id] if fault.id is not None else []
             place += [f"line {fault.line}"] if fault.line is not None else []
-            place = f'<span style="{MUTED}"><bdi>{", ".join(place)}</bdi></span> ' if place else ""
-            shown.append(
-                f'<div style="overflow-wrap:anywhere">{place}<bdi>{words(shelf.without_folders(fault.message), 300)}</bdi></div>'
-            )
-        more = count - len(shown)
-        rest = f'<div style="{MUTED}">… and {more:,} more</div>' if more > 0 else ""
-        meaning = f"<div>{words(KINDS.get(kind, ''))}</div>{''.join(shown)}{rest}"
-        cells = (f"<b>{words(kind, 60)}</b>", f"{count:,}", meaning)
-        lines.append("".join(f'<td style="{_CELL};text-align:{"right" if at == 1 else "left"}">{cell}</td>'
-                             for at, cell in enumerate(cells)))  # fmt: skip
-    body = "".join(f'<tr style="border-top:1px solid #9a9a9a">{line}</tr>' for line in lines)
-    return Html(f'{headline}<table style="{FONT};border-collapse:collapse;margin:6px 0">{body}</table>')
+            place = f'<span style="{MUTED}">{words(", ".join(place), 80)}</span> '
+            parts.append(f"<div>{place}{words(shelf.without_folders(fault.message), 300)}</div>")
+        rows.append(
+            (Html(f"<b>{words(kind, 60)}</b>"), count, Html("".join(parts) + more(count - EXAMPLES, "problem")))
+        )
+    return Html(f'<div style="{FONT}"><b>{words(shelf.verdict, 400)}</b></div>{table(rows)}')
 
 
 def overview_figure(
@@ -115,23 +91,22 @@ def overview_figure(
     `max_length` tokens is drawn as the limit; `limits` (smallest and largest area in pixels of a resized picture)
     as curves among the sizes.
     """
-    panels = [lambda axis: _counts(axis, stats)]
-    if stats.sizes.total:
-        panels.append(lambda axis: _sizes(axis, stats, limits))
-    if len(stats.tokens):
-        panels.append(lambda axis: _tokens(axis, stats, max_length))
-    if stats.boxes.total or stats.crops.total or stats.points.total:
-        panels.append(lambda axis: _places(axis, stats))
-    if stats.boxes.total or stats.crops.total:
-        panels.append(lambda axis: _areas(axis, stats))
-    if any(stats.calls.keys() - {0}):
-        panels.append(lambda axis: _calls(axis, stats))
+    marked = stats.boxes.total or stats.crops.total
+    panels = [  # whether there is anything to draw, what draws it, with what
+        (True, _counts, ()),
+        (stats.sizes.total, _sizes, (limits,)),
+        (len(stats.tokens), _tokens, (max_length,)),
+        (marked or stats.points.total, _places, ()),
+        (marked, _areas, ()),
+        (any(stats.calls.keys() - {0}), _calls, ()),
+    ]
+    panels = [(draw, options) for there_is, draw, options in panels if there_is]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.3 * columns, 3.3 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, panels):
-        panel(axis)
+    for axis, (draw, options) in zip(axes, panels):
+        draw(axis, stats, *options)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections import Counter
 
 from ovisnb.chat import IGNORE_INDEX, Encoded
-from ovisnb.data.media import MediaError, folder_of, naming, open_image
-from ovisnb.data.record import Media, Record
+from ovisnb.data.record import Record
 
-from .html import data_uri
-from .pieces import Piece, one_line, pieces
+from .pictures import Pictures, crop_name, thumbnail
+from .pieces import one_line, pieces
 
 # reason -> (background, text, what it means). Only "answer" is dark: what trains stands out by
 # lightness alone; the pale ones are tints of the Okabe-Ito colour-blind-safe set.
@@ -86,37 +85,28 @@ def payload(
     if not sides:
         raise ValueError("There is nothing to show: give at least one Encoded.")
     record = Record.from_dict(record) if isinstance(record, dict) else record
-    texts = _Texts(processor.tokenizer, sides.values())
-    drawn = [_side(name, encoded, texts, limit) for name, encoded in sides.items()]
+    texts = pieces((token for one in sides.values() for token in one.input_ids.unique().tolist()), processor.tokenizer)
+    places = {token: place for place, token in enumerate(texts)}
+    drawn = [_side(name, encoded, places, limit) for name, encoded in sides.items()]
     used = dict.fromkeys((run["kind"], run["index"]) for side in drawn for run in side["runs"] if "media" in run)
-    turns = sorted({run["turn"] for side in drawn for run in side["runs"]})
-    places = [{turn: [] for turn in turns} for _ in drawn]
-    for side, place in zip(drawn, places):
+    rows = {turn: [[] for _ in drawn] for turn in sorted({run["turn"] for side in drawn for run in side["runs"]})}
+    for at, side in enumerate(drawn):
         for index, run in enumerate(side["runs"]):
-            place[run["turn"]].append(index)
+            rows[run["turn"]][at].append(index)
     return {
         "reasons": {
             reason: list(REASON_COLOURS.get(reason, OTHER_COLOUR))
             for reason in in_order(name for side in drawn for name, *_ in side["shares"])
         },
-        "pieces": [list(piece) for piece in texts.pieces],
+        "pieces": [list(piece) for piece in texts.values()],
         "media": _media(record, image_folder, list(used)) if record else {},
         "sides": drawn,
-        "rows": [[place[turn] for place in places] for turn in turns],
+        "rows": list(rows.values()),
         "table": _table(drawn) if len(drawn) > 1 else [],
     }
 
 
-class _Texts:
-    """The different tokens of all sides: `pieces`, and the place in it of each id."""
-
-    def __init__(self, tokenizer, encoded):
-        found = pieces((token for one in encoded for token in one.input_ids.unique().tolist()), tokenizer)
-        self.pieces: list[Piece] = list(found.values())
-        self.place = {token: place for place, token in enumerate(found)}
-
-
-def _side(name: str, encoded: Encoded, texts: _Texts, limit: int) -> dict:
+def _side(name: str, encoded: Encoded, places: dict[int, int], limit: int) -> dict:
     """One Encoded: `name`, `id`, `facts` (a sentence), `notes` (sentences on what was dropped or is not shown),
     `tokens`, `supervised`, `shares` [[reason, tokens, share]] and `runs`, one for each span.
 
@@ -131,7 +121,7 @@ def _side(name: str, encoded: Encoded, texts: _Texts, limit: int) -> dict:
         kind: iter([] if grid is None else grid.tolist())
         for kind, grid in (("image", encoded.image_grid_thw), ("video", encoded.video_grid_thw))
     }
-    runs = [_run(span, encoded, texts, most, grids) for span in spans]
+    runs = [_run(span, encoded, places, most, grids) for span in spans]
     shown = sum(len(part["ids"]) for run in runs for part in run.get("parts", ()))
     text = sum(span.end - span.start for span in encoded.spans if span.kind == "text")
     notes = [one_line(note, 400) for note in summary["dropped"]]
@@ -154,7 +144,7 @@ def _side(name: str, encoded: Encoded, texts: _Texts, limit: int) -> dict:
     }
 
 
-def _run(span, encoded: Encoded, texts: _Texts, most: int, grids: dict) -> dict:
+def _run(span, encoded: Encoded, places: dict[int, int], most: int, grids: dict) -> dict:
     run = {
         "start": span.start,
         "end": span.end,
@@ -170,17 +160,16 @@ def _run(span, encoded: Encoded, texts: _Texts, most: int, grids: dict) -> dict:
         cuts = [(span.start, span.end)]
         if length > most:
             cuts = [(span.start, span.start + (most + 1) // 2), (span.end - most // 2, span.end)]
-        return run | {"parts": [_part(start, end, encoded, texts, run["trains"]) for start, end in cuts]}
+        return run | {"parts": [_part(start, end, encoded, places, run["trains"]) for start, end in cuts]}
     t, h, w = next(grids[span.kind])
-    name = "video" if span.kind == "video" else f"image {span.media + 1}"
     lines = [f"{t}×{h}×{w} patches", f"{span.end - span.start:,} tokens"]
-    return run | {"index": span.media or 0, "media": name, "lines": lines}
+    return run | {"index": span.media or 0, "media": _name(span.kind, span.media or 0), "lines": lines}
 
 
-def _part(start: int, end: int, encoded: Encoded, texts: _Texts, trains: bool) -> dict:
+def _part(start: int, end: int, encoded: Encoded, places: dict[int, int], trains: bool) -> dict:
     ids = encoded.input_ids[start:end].tolist()
     labels = encoded.labels[start:end].tolist() if trains else None
-    return {"at": start, "ids": ids, "labels": labels, "pieces": [texts.place[token] for token in ids]}
+    return {"at": start, "ids": ids, "labels": labels, "pieces": [places[token] for token in ids]}
 
 
 def _even_limit(sizes: list[int], total: int) -> int:
@@ -217,52 +206,26 @@ def _table(sides: list[dict]) -> list[list[str]]:
 
 def _media(record: Record, image_folder, used: list[tuple[str, int]]) -> dict:
     """name -> title, note and thumbnails of each picture in use; a picture that cannot be read has a note saying why."""
-    folder, found = folder_of(record, image_folder), {}
-    opened = _Small(folder)
+    opened, found = Pictures(record, image_folder), {}
     for kind, index in used:
-        name = "video" if kind == "video" else f"image {index + 1}"
-        one = found[name] = {"title": name, "note": "", "pictures": []}
+        name = title = _name(kind, index)
         if kind == "image" and record.images[index].box is not None:
-            one["title"] += f" · crop {_numbers(record.images[index])}"
-        if len(found) > MOST_PICTURES:
-            one["note"] = f"no thumbnail: the first {MOST_PICTURES} have one"
-            continue
-        try:
-            with naming(record, name):
-                if kind == "video":
-                    from ovisnb.data.video import open_frames  # and with it the decoder, which few records need
-
-                    shown = open_frames(record.video, folder, 1, FRAMES)
-                    one["note"] = f"{len(shown)} of its frames"
-                else:
-                    shown = [opened.open(record.images[index])]
-            one["pictures"] = [_thumbnail(image) for image in shown]
-        except MediaError as error:
-            one["note"] = one_line(str(error), 400)
+            title += f" · {crop_name(record.images[index])}"
+        note, images = "", []
+        if len(found) >= MOST_PICTURES:
+            note = f"no thumbnail: the first {MOST_PICTURES} have one"
+        else:
+            images = opened.frames(FRAMES) if kind == "video" else opened.open(index, at_least=2 * max(HEIGHT, WIDTH))
+            if isinstance(images, str):
+                note, images = f"cannot be shown: {one_line(images, 400)}", []
+            elif kind == "video":
+                note, images = f"{len(images)} of its frames", images.values()
+            else:
+                images = [images]
+        pictures = [thumbnail(image, WIDTH, HEIGHT) for image in images]
+        found[name] = {"title": title, "note": note, "pictures": pictures}
     return found
 
 
-class _Small:
-    """Pictures for thumbnails: decoded no larger than need be, and once for all crops that follow each other."""
-
-    def __init__(self, folder):
-        self.folder, self.origin, self.whole = folder, None, None
-
-    def open(self, media: Media):
-        if media.box is None:
-            return open_image(media, self.folder, at_least=2 * max(HEIGHT, WIDTH))
-        if media.origin != self.origin:
-            self.whole, self.origin = open_image(media.whole, self.folder), media.origin
-        return open_image(Media(image=self.whole, box=media.box, coordinates=media.coordinates))
-
-
-def _numbers(media) -> str:
-    numbers = [round(side) if media.coordinates == "pixels" else side for side in media.box]
-    return f"{numbers} in {media.coordinates}" if media.coordinates != "pixels" else str(numbers)
-
-
-def _thumbnail(image) -> dict:
-    """Shown at most HEIGHT x WIDTH CSS pixels; stored with twice as many, for sharp screens."""
-    scale = min(HEIGHT / image.height, WIDTH / image.width)
-    size = {"width": max(1, round(image.width * scale)), "height": max(1, round(image.height * scale))}
-    return {"src": data_uri(image, height=2 * HEIGHT, width=2 * WIDTH), **size}
+def _name(kind: str, index: int) -> str:
+    return "video" if kind == "video" else f"image {index + 1}"

@@ -12,12 +12,15 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .pictures import fit
 
 # Okabe & Ito's colour-blind-safe set, strong ones first
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
 SHARP = 2  # stored pixels per shown pixel: lettering stays sharp on fine screens
 INK = "#1a1a1a"
+_LINE = 16 * SHARP  # height of a line of text in stored pixels
 
 
 class Picture:
@@ -41,8 +44,7 @@ def draw_regions(
     """`image` scaled to fit `width` x `height` shown pixels, with solid coloured `boxes` and `points`
     and dashed black-and-white `truth` boxes. Labels go where they cover the least."""
     image = image.convert("RGB")
-    scale = min(width / image.width, height / image.height) * SHARP
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    size = fit(image.size, width * SHARP, height * SHARP)
     canvas = image.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
     drawn = [_pixels(box, size) for box in boxes]
@@ -87,29 +89,32 @@ def gallery(items: Sequence[dict], *, columns: int = 4, tile: int = 240) -> Pict
     `boxes`, `points`, `truth` and `caption` (a few lines, wrapped under its picture)."""
     if not items:
         raise ValueError("gallery needs at least one picture, but its list is empty.")
-    cells = []
-    for item in items:
-        regions = {key: item.get(key, ()) for key in ("boxes", "points", "truth")}
-        cells.append((draw_regions(item["image"], **regions, width=tile, height=tile), item.get("caption", "")))
-    columns = min(columns, len(cells))
+    columns = min(columns, len(items))
+    return Picture(_stacked([_row(items[at : at + columns], columns, tile) for at in range(0, len(items), columns)]))
+
+
+def _row(items: Sequence[dict], columns: int, tile: int) -> Image.Image:
+    """Up to `columns` items of a gallery beside each other, standing on one line, their captions below it."""
     gap, side = 10 * SHARP, tile * SHARP
-    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
-    texts = [[_wrap(caption, side) for _, caption in row] for row in rows]
-    line = _line_height()
-    heights = [
-        max(image.height for image, _ in row) + line * max(map(len, text)) + gap for row, text in zip(rows, texts)
-    ]
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap * (len(rows) + 1)), "white")
-    draw, top = ImageDraw.Draw(sheet), gap
-    for row, text, height in zip(rows, texts, heights):
-        tallest = max(image.height for image, _ in row)
-        for column, ((image, _), lines) in enumerate(zip(row, text)):
-            left = gap + column * (side + gap)
-            sheet.paste(image, (left + (side - image.width) // 2, top + tallest - image.height))
-            for number, words in enumerate(lines):
-                draw.text((left, top + tallest + gap // 3 + number * line), words, fill=INK, font=_font())
-        top += height + gap
-    return Picture(sheet)
+    regions = [{key: item.get(key, ()) for key in ("boxes", "points", "truth")} for item in items]
+    images = [draw_regions(item["image"], **some, width=tile, height=tile) for item, some in zip(items, regions)]
+    captions = [_wrap(item.get("caption", ""), side) for item in items]
+    bottom = gap + max(image.height for image in images)
+    height = bottom + _LINE * max(map(len, captions)) + gap
+    row = Image.new("RGB", (columns * (side + gap) + gap, height), "white")
+    for column, (image, lines) in enumerate(zip(images, captions)):
+        left = gap + column * (side + gap)
+        row.paste(image, (left + (side - image.width) // 2, bottom - image.height))
+        _write(row, lines, left, bottom + gap // 3)
+    return row
+
+
+def _stacked(rows: list[Image.Image]) -> Image.Image:
+    """Pictures of one width below each other."""
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for at, row in enumerate(rows):
+        sheet.paste(row, (0, sum(above.height for above in rows[:at])))
+    return sheet
 
 
 def _pixels(box, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -143,7 +148,7 @@ def _label(draw, text: str, anchor, taken: list, size: tuple[int, int], colour: 
     """Write `text` around `anchor` where it covers the least of `taken`; returns the place it took."""
     font, pad = _font(), 2 * SHARP
     text = text if len(text) <= 40 else text[:39] + "…"
-    width, height = draw.textlength(text, font=font) + 2 * pad, _line_height()
+    width, height = draw.textlength(text, font=font) + 2 * pad, _LINE
     x1, y1, x2, y2 = anchor
     places = [(x1, y1 - height - 3), (x1, y2 + 3), (x2 - width, y1 - height - 3), (x2 - width, y2 + 3)]
     places += [(x2 + 3, y1), (x1 - width - 3, y1), (x2 + 3, y2 - height), (x1 - width - 3, y2 - height)]
@@ -174,14 +179,8 @@ def _crop(image: Image.Image, box, colour: str) -> Image.Image | None:
     if cut[2] - cut[0] < 1 or cut[3] - cut[1] < 1:
         return None
     crop = image.convert("RGB").crop(cut)
-    scale = min(200 * SHARP / crop.width, 130 * SHARP / crop.height)
-    crop = crop.resize(
-        (max(1, round(crop.width * scale)), max(1, round(crop.height * scale))), Image.Resampling.LANCZOS
-    )
-    line = 3 * SHARP
-    framed = Image.new("RGB", (crop.width + 2 * line, crop.height + 2 * line), colour)
-    framed.paste(crop, (line, line))
-    return framed
+    crop = crop.resize(fit(crop.size, 200 * SHARP, 130 * SHARP), Image.Resampling.LANCZOS)
+    return ImageOps.expand(crop, 3 * SHARP, colour)
 
 
 def _beside(main: Image.Image, tiles: list[Image.Image]) -> Image.Image:
@@ -203,14 +202,17 @@ def _beside(main: Image.Image, tiles: list[Image.Image]) -> Image.Image:
 
 def _titled(image: Image.Image, title: str) -> Image.Image:
     """`image` on white with `title` above it, as many lines as it needs."""
-    pad, line = 6 * SHARP, _line_height()
+    pad = 6 * SHARP
     lines = _wrap(title, max(image.width, 320 * SHARP))
-    width = max([image.width, *(round(_font().getlength(words)) for words in lines)])
-    sheet = Image.new("RGB", (width + 2 * pad, image.height + 2 * pad + line * len(lines)), "white")
-    for number, words in enumerate(lines):
-        ImageDraw.Draw(sheet).text((pad, pad // 2 + number * line), words, fill=INK, font=_font())
-    sheet.paste(image, (pad, pad + line * len(lines)))
+    wider = max([0, *(round(_font().getlength(line)) - image.width for line in lines)])
+    sheet = ImageOps.expand(image, (pad, pad + _LINE * len(lines), pad + wider, pad), "white")
+    _write(sheet, lines, pad, pad // 2)
     return sheet
+
+
+def _write(sheet: Image.Image, lines: list[str], left: int, top: int) -> None:
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((left, top + number * _LINE), line, fill=INK, font=_font())
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -232,7 +234,3 @@ def _wrap(text: str, width: int) -> list[str]:
 def _font() -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and covers Latin, Greek, Cyrillic and symbols."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 12 * SHARP)
-
-
-def _line_height() -> int:
-    return 16 * SHARP

@@ -16,6 +16,7 @@ from ovisnb.chat import Encoded
 
 from .html import FONT, MONO, MUTED, Html, table, warnings
 from .payload import MOST_TOKENS, in_order, payload, token_summary
+from .pictures import img
 from .pieces import one_line
 
 
@@ -140,11 +141,7 @@ class _View:
         """One box for a run of visual tokens: thumbnails, the patch grid, the token count."""
         background, colour, _ = self.data["reasons"][run["reason"]]
         media = self.data["media"].get(run["media"], {"title": run["media"], "note": "", "pictures": []})
-        thumbnails = "".join(
-            f'<img src="{escape(one["src"])}" alt="" width="{one["width"]}" height="{one["height"]}" '
-            'style="border-radius:4px;display:block;margin:2px 0">'
-            for one in media["pictures"]
-        )
+        thumbnails = "".join(map(img, media["pictures"]))
         lines = [media["title"], *run["lines"], *([media["note"]] if media["note"] else [])]
         text = "".join(f"<div>{escape(line)}</div>" for line in lines)
         title = f"positions {run['start']} to {run['end'] - 1} · no label · {escape(run['where'])}"

@@ -122,7 +122,7 @@ def test_what_looks_like_mathematics_is_left_alone():
 def test_what_is_endless_is_shortened_and_says_so(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     long = show_record(record(("human", "x" * 1_000_000), ("gpt", "a")).model_copy(update={"id": "i" * 100_000}))
-    assert f"… {1_000_000 - LONGEST:,} more characters of this turn are not shown" in text_of(long)
+    assert f"… {1_000_000 - LONGEST:,} more characters are not shown" in text_of(long)
     assert len(str(long)) < 3 * LONGEST
     turns = [("human", "<image>" * (PICTURES + 3))] + [("gpt", f"{at}") for at in range(100)]
     many = text_of(show_record(record(*turns, image=["a.png"] * (PICTURES + 3)), tmp_path))

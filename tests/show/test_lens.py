@@ -10,8 +10,7 @@ from PIL import Image
 from traitlets import TraitError
 
 from ovisnb.chat import encode
-from ovisnb.show import Html, MaskLens, mask_lens, reason_table
-from ovisnb.show import payload as payload_module
+from ovisnb.show import Html, MaskLens, mask_lens, pictures, reason_table
 from ovisnb.show.lens import MaskLens as Lens
 from ovisnb.show.payload import payload
 
@@ -102,7 +101,7 @@ def test_only_the_first_pictures_have_thumbnails(golden, golden_processor, monke
 
 
 def test_large_pictures_are_decoded_small_and_once_for_their_crops(tmp_path, golden_processor, monkeypatch):
-    decoded, open_image = [], payload_module.open_image
+    decoded, open_image = [], pictures.open_image
 
     def noting(media, *folder, **options):
         image = open_image(media, *folder, **options)
@@ -110,7 +109,7 @@ def test_large_pictures_are_decoded_small_and_once_for_their_crops(tmp_path, gol
             decoded.append((media.path, image.size))
         return image
 
-    monkeypatch.setattr(payload_module, "open_image", noting)
+    monkeypatch.setattr(pictures, "open_image", noting)
     Image.effect_noise((2400, 1600), 80).save(tmp_path / "a.jpg")
     Image.effect_noise((1200, 3000), 80).save(tmp_path / "b.jpg")
     crops = [{"path": "a.jpg", "box": [at, 0, 500, 900]} for at in range(3)]
@@ -159,4 +158,4 @@ def test_a_sentence_in_place_of_an_encoding_is_shown(golden_processor):
         assert text_of(shown).startswith("⚠ <script>") and elements(shown) == {"div", "bdi"}
     shown = reason_table([EVIL, good, *["no"] * 20])
     assert elements(shown) <= {"table", "tr", "th", "td", "div", "bdi"}
-    assert "⚠ <script>" in text_of(shown) and text_of(shown).endswith("⚠ no… and 11 more")
+    assert "⚠ <script>" in text_of(shown) and text_of(shown).endswith("⚠ no… 9 more problems are not shown")
