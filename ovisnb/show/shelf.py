@@ -28,7 +28,7 @@ from ovisnb.data.record import Record, RecordError
 from ovisnb.data.spread import COUNTED, spread
 from ovisnb.data.stats import NO_KIND
 
-from .data import without
+from .pictures import without
 
 MOST = 10_000  # faults of one kind that are kept
 
@@ -40,7 +40,8 @@ class Shelf:
     """Records at positions 0, 1, ..., and after them the rows that are none.
 
     `records` may be any sequence, also one that makes its records when they are asked for. `faults` are those
-    found so far, `counts` how many there are of each kind, `read` how much of the file this is ("" for all).
+    found so far, `counts` how many there are of each kind, `problems` the positions of what has each kind,
+    `read` how much of the file this is ("" for all).
     """
 
     def __init__(
@@ -70,11 +71,6 @@ class Shelf:
         for position, record in enumerate(self.records):
             found[record.kind or NO_KIND].append(position)
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
-
-    @property
-    def problems(self) -> dict[str, Sequence[int]]:
-        """Kind of problem -> positions of what has it, in the order of a report."""
-        return self._problems
 
     def faults_at(self, position: int) -> Sequence[Fault]:
         """What is wrong with the item at `position`."""
@@ -127,22 +123,25 @@ class Shelf:
         """Put each fault to its record; those that have none here are items of their own, one for each row."""
         self.faults = list(faults)
         self.counts = Counter(fault.kind for fault in self.faults)
-        self._faults_at: dict[int, list[Fault]] = defaultdict(list)
-        broken: dict[tuple, list[Fault]] = defaultdict(list)
-        places = _places(self.records) if self.faults else {}
+        of_source: dict[str, dict[str, int]] = defaultdict(dict)  # a row of annotations is several records
+        of_id: dict[str, int] = {}
+        for position, record in enumerate(self.records if self.faults else ()):
+            of_source[record.source].setdefault(record.id, position)
+            of_id.setdefault(record.id, position)
+        found, broken = defaultdict(list), defaultdict(list)
         for fault in self.faults:
-            near = next((places[key] for key in _keys(fault.line, fault.id) if key in places), None)
+            row = of_source.get(f"{fault.file}:{fault.line}", {})
+            near = of_id.get(fault.id) if fault.line is None else row.get(fault.id, next(iter(row.values()), None))
             if near is None:
                 broken[fault.file, fault.line, fault.id].append(fault)
             else:
-                self._faults_at[near].append(fault)
+                found[near].append(fault)
         self._broken = [tuple(some) for _, some in sorted(broken.items(), key=lambda item: item[0][1] or 0)]
-        self._faults_at |= {len(self.records) + number: list(some) for number, some in enumerate(self._broken)}
-        found: dict[str, list[int]] = {kind: [] for kind in self.counts}
-        for position in sorted(self._faults_at):
-            for kind in {fault.kind: None for fault in self._faults_at[position]}:
-                found[kind].append(position)
-        self._problems = found
+        self._faults_at = found | {len(self.records) + number: some for number, some in enumerate(self._broken)}
+        self.problems = {kind: [] for kind in self.counts}
+        for position, some in sorted(self._faults_at.items()):
+            for kind in {fault.kind for fault in some}:
+                self.problems[kind].append(position)
 
 
 def open_shelf(
@@ -152,18 +151,16 @@ def open_shelf(
 
     Raises RecordError for a file that is missing, empty or cannot be read at all.
     """
-    options = {"image_folder": image_folder, "format": format}
+    path, options = Path(path), {"image_folder": image_folder, "format": format}
     rows = list(islice(read_entries(path, **options), n + 1 if n else None))
     read = ""
     if n and len(rows) > n:
         rows = list(spread(path, n, **options))
-        total = _count(Path(path), options)
-        read = (
-            f"an even sample of {len(rows):,} of {total:,} rows" if total else f"an even sample of {len(rows):,} rows"
-        )
+        total = _count(path, options)
+        read = f"an even sample of {len(rows):,} {f'of {total:,} ' if total else ''}rows"
     records, faults = [], []
     for index, row in enumerate(rows):  # rows that cannot be read count, as they do for `read_entries`
-        record, found = _checked(row, Path(path), index, image_folder)
+        record, found = _checked(row, path, index, image_folder)
         records += [record] if record is not None else []
         faults += found
     return Shelf(records, faults, image_folder=image_folder, path=path, read=read)
@@ -176,8 +173,11 @@ def _checked(row: Row, path: Path, index: int, image_folder: Folder) -> tuple[Re
         return None, [Fault(problem_kind(row.problem), None, line, row.problem, str(path))]
     source = f"{path}:{row.line}" if line else f"{path}:@{-row.line}"
     checked = check_entry(row.entry, source=source, index=index, options=Options(path, image_folder))
-    faults = [Fault(found.kind, checked.name, line, found.message, str(path)) for found in checked.faults]
-    return checked.record, faults
+    if checked.record is not None:  # of a data-info file the row of its member
+        source = checked.record.source
+    file, _, line = source.rpartition(":")
+    line = int(line) if line.isdecimal() else None
+    return checked.record, [Fault(found.kind, checked.name, line, found.message, file) for found in checked.faults]
 
 
 def _count(path: Path, options: dict[str, Any]) -> int | None:
@@ -191,23 +191,3 @@ def _count(path: Path, options: dict[str, Any]) -> int | None:
         while block := file.read(1 << 20):
             lines, last = lines + block.count(b"\n"), block
         return lines + (not last.endswith(b"\n"))
-
-
-def _places(records: Sequence[Record]) -> dict[tuple, int]:
-    """Each way to find a record (see `_keys`) -> the position of the first one there."""
-    places: dict[tuple, int] = {}
-    for position, record in enumerate(records):
-        line = record.source.rpartition(":")[2]
-        for key in _keys(int(line) if line.isdecimal() else None, record.id, record=True):
-            places.setdefault(key, position)
-    return places
-
-
-def _keys(line: int | None, name: str | None, record: bool = False) -> list[tuple]:
-    """How a place may be found, the surest first; by its id alone only where one of the two sides has no line."""
-    keys = [(line, name)] if None not in (line, name) else []
-    keys += [(line, None)] if line is not None else []
-    if name is not None:
-        keys += [(None, name)] if record or line is None else []
-        keys += [("no line", name)] if not record or line is None else []
-    return keys

@@ -103,6 +103,18 @@ def test_the_sets_of_a_data_info_file_lie_on_one_shelf(tmp_path):
     assert open_shelf(tmp_path / "info.json", 4).read == "an even sample of 4 of 10 rows"
 
 
+def test_a_fault_of_one_set_is_not_put_to_the_same_line_of_another(tmp_path):
+    write(tmp_path / "a.jsonl", [row(f"a{at}", answer=str(at)) for at in range(4)])
+    write(tmp_path / "b.jsonl", [row("b0", answer="x"), row("b1", answer="")], broken=[1])
+    info = {name: {"meta_file": f"{name}.jsonl", "image_dir": "."} for name in "ab"}
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    shelf = open_shelf(tmp_path / "info.json")
+    for _ in range(2):  # what reading finds, and what a check finds
+        assert len(shelf) == 7 and isinstance(shelf[6], tuple)
+        assert shelf.problems == {"broken_json": [6], "no_answer": [5]} and shelf[5].id == "b1"
+        shelf.check()
+
+
 def test_records_need_no_file():
     records = [Record.from_dict(row("x", "k"))]
     shelf = Shelf(records, [Fault("k", "x", None, "m", ""), Fault("k", "gone", None, "m", "")])
