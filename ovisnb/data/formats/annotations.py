@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import count, groupby
 from typing import Any
 
 from ovisnb.data import boxes, markup
-from ovisnb.data.formats.parts import refused
+from ovisnb.data.formats.parts import refuse_keys, refused
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.media import MediaError, image_size
 from ovisnb.data.record import FIELDS, IMAGE, Media, Record, RecordError
@@ -32,6 +33,8 @@ _QUESTION, _ANSWER = "Q", "A3"
 _OWN = ("kind", "box_coordinates")  # keys of a question that are the record's own
 _TAKEN = {"line", "labels", *FIELDS}.difference(_OWN)  # names that no other key of a question may have
 _PLAIN = re.compile(r"\d{1,9}(?:\.\d{1,9})?", re.ASCII)
+_Size = Callable[[], tuple[float, float]]
+"""Gives (width, height) of the picture in pixels; infinite if it cannot be read."""
 
 
 def matches(entry: Any) -> bool:
@@ -47,10 +50,17 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
     if not isinstance(questions, list):
         raise RecordError('`QnA` is a list of questions: write [{"Q": ..., "A3": ...}]')
     line = {key: value for key, value in entry.items() if key not in ("image_path", "QnA")}
-    picture = _Picture(path, options)
+
+    @cache  # looked up once, and only where a call needs it
+    def size() -> tuple[float, float]:
+        try:
+            return image_size(Media(path=path), options.image_folder)
+        except MediaError:
+            return math.inf, math.inf  # opening it later says why
+
     for number, question in enumerate(questions, start=1):
         try:
-            yield _entry(question, number, line, picture)
+            yield _entry(question, number, line, path, size)
         except RecordError as error:
             name = _id(question, number, line)
             record = f"record {str(name)!r}: " if isinstance(name, (str, int)) else ""
@@ -77,25 +87,7 @@ def rows(records: Iterable[Record]) -> Iterator[dict]:
 READER = Reader("annotations", "image_path and QnA", matches, entries, rows)
 
 
-class _Picture:
-    """The size of the picture of a line, looked up once and only where a call needs it."""
-
-    def __init__(self, path: str, options: Options) -> None:
-        self.path, self.folder = path, options.image_folder
-        self.known: tuple[float, float] | None = None
-
-    @property
-    def size(self) -> tuple[float, float]:
-        """(width, height) in pixels; infinite if the picture cannot be read (opening it later says why)."""
-        if self.known is None:
-            try:
-                self.known = image_size(Media(path=self.path), self.folder)
-            except MediaError:
-                self.known = (math.inf, math.inf)
-        return self.known
-
-
-def _entry(question: Any, number: int, line: dict, picture: _Picture) -> Entry:
+def _entry(question: Any, number: int, line: dict, path: str, size: _Size) -> Entry:
     if not isinstance(question, dict):
         raise RecordError('it is not of the form {"Q": ..., "A3": ...}')
     for key in (_QUESTION, _ANSWER):
@@ -104,10 +96,10 @@ def _entry(question: Any, number: int, line: dict, picture: _Picture) -> Entry:
     rest = {key: value for key, value in question.items() if key not in (_QUESTION, _ANSWER, "id")}
     if taken := next((key for key in rest if key in _TAKEN), None):
         raise RecordError(f"the key `{taken}` has a meaning of its own in a record: rename it")
-    text, labels, notes = _with_calls(question[_ANSWER], picture)
+    text, labels, notes = _with_calls(question[_ANSWER], size)
     asked = question[_QUESTION]
     entry = Entry(
-        image=[picture.path],
+        image=[path],
         conversations=[
             {"from": "human", "value": asked if IMAGE in asked else f"{IMAGE}\n{asked}"},
             {"from": "gpt", "value": text},
@@ -132,33 +124,30 @@ def _id(question: Any, number: int, line: dict) -> Any:
     return name
 
 
-def _with_calls(answer: str, picture: _Picture) -> tuple[str, list[str | None], list[str]]:
+def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[str]]:
     """-> (the answer with its calls as tool calls, the label of each call, what was changed)."""
-    text, labels, notes, last = [], {}, [], 0
-    length = 0
+    text, labels, notes, last = "", {}, [], 0
     for call in markup.annotation_calls(answer):
         if call.problem:
             raise RecordError(call.problem)
-        numbers, note = _numbers(call, picture)
-        before = answer[last : call.start]
-        written = markup.write_call(call.name, numbers) + (IMAGE if call.name == "crop" else "")
-        labels[length + len(before)] = call.label
-        length += len(before) + len(written)
-        text += [before, written]
+        numbers, note = _numbers(call, size())
         notes += [note] if note else []
+        text += answer[last : call.start]
+        labels[len(text)] = call.label
+        text += markup.write_call(call.name, numbers) + (IMAGE if call.name == "crop" else "")
         last = call.end
-    whole = "".join([*text, answer[last:]])
+    text += answer[last:]
     # An answer may hold tool calls already, and the labels count those too.
-    return whole, [labels.get(call.start) for call in markup.calls(whole)] if labels else [], notes
+    return text, [labels.get(call.start) for call in markup.calls(text)] if labels else [], notes
 
 
-def _numbers(call: markup.Call, picture: _Picture) -> tuple[list[str], str | None]:
+def _numbers(call: markup.Call, size: tuple[float, float]) -> tuple[list[str], str | None]:
     """The numbers of a call, cut to the picture -> (as text, what was changed)."""
     name = f"the box {list(call.numbers)} of the call {{{call.text}}}"
     if boxes.area(call.numbers) <= 0:
         raise RecordError(f"{name} has no area: x1 < x2 and y1 < y2 must hold")
-    box = boxes.clip(call.numbers, picture.size)
-    of_size = "" if math.inf in picture.size else f" of {picture.size[0]}x{picture.size[1]} pixels"
+    box = boxes.clip(call.numbers, size)
+    of_size = "" if math.inf in size else f" of {size[0]}x{size[1]} pixels"
     if boxes.area(box) <= 0:
         raise RecordError(f"{name} lies outside the picture{of_size}")
     if box == call.numbers:
@@ -169,8 +158,13 @@ def _numbers(call: markup.Call, picture: _Picture) -> tuple[list[str], str | Non
 
 def _as_written(call: markup.Call) -> list[str] | None:
     """The numbers as the file has them, where nothing about them needs repair: digits are not changed for nothing."""
-    fields = [field.strip() for field in call.text.partition("[")[2].partition("]")[0].split(",")]
+    fields = [field.strip() for field in _inside(call).split(",")]
     return fields if len(fields) == 4 and all(map(_PLAIN.fullmatch, fields)) else None
+
+
+def _inside(call: markup.Call) -> str:
+    """What stands between the brackets of a call."""
+    return call.text.partition("[")[2].partition("]")[0]
 
 
 def _line(record: Record) -> dict[str, Any]:
@@ -200,8 +194,7 @@ def _question(record: Record) -> dict[str, Any]:
     if IMAGE in answer or crops != [box and whole.crop(box) for box in cut]:
         raise refused(record, "an annotation", "its pictures are not one picture and the crops that its calls ask for")
     rest = {key: value for key, value in record.meta.items() if key not in ("line", "labels")}
-    if taken := next((key for key in (_QUESTION, _ANSWER) if key in rest), None):
-        raise refused(record, "an annotation", f"`meta` holds {taken!r}, which is a key of the format")
+    refuse_keys(record, "an annotation", (_QUESTION, _ANSWER))
     own = {"kind": record.kind} if record.kind is not None else {}
     if record.box_coordinates != "normalised":
         own["box_coordinates"] = record.box_coordinates
@@ -219,9 +212,8 @@ def _with_braces(text: str, labels: list[str | None]) -> tuple[str, list[tuple[f
         if call.problem:
             continue  # left as it is
         label = call.label or (labels[number] if number < len(labels) else None)
-        inside = call.text.partition("[")[2].partition("]")[0]
         head = call.name.capitalize() + (f" {label}" if label else "")
-        parts += [text[last : call.start], f"{{{head} [{inside.strip()}]}}"]
+        parts += [text[last : call.start], f"{{{head} [{_inside(call).strip()}]}}"]
         last = call.end
         if call.name == "crop":
             shown = text.startswith(IMAGE, last)
