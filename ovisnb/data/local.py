@@ -25,9 +25,8 @@ from typing import Any, overload
 from ovisnb.data.formats import Options, read_entries, to_record
 from ovisnb.data.formats.info import DataSet, mixed, sets_of
 from ovisnb.data.media import Folder
-from ovisnb.data.pieces import files_of
+from ovisnb.data.pieces import files_of, kind_of
 from ovisnb.data.record import Record, RecordError
-from ovisnb.data.tar import is_tar
 
 _BATCH_ROWS, _BATCH_BYTES = 1000, 8 << 20
 _READ_ROWS = 32  # read at once by a loop: few, because a row may hold pictures
@@ -189,9 +188,8 @@ def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:
     rows = read_entries(
         data_set.path, image_folder=options.image_folder, format=data_set.format, template=options.template
     )
-    with data_set.path.open("rb") as file:
-        if is_tar(file):  # a table would hold all of its pictures once more
-            raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
+    if kind_of(data_set.path) == "tar":  # a table would hold all of its pictures once more
+        raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
     for index, (line, entry, problem) in enumerate(rows):
         source = f"{data_set.path}:{line}"
         if problem is not None:

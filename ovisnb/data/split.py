@@ -17,16 +17,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from ovisnb.data.checks.pictures import file_number, number_of
-from ovisnb.data.files import LINES_SUFFIXES, row_json, written, written_rows
-from ovisnb.data.formats import Options, Row, entries_of, read_rows, reader_of
+from ovisnb.data.files import row_json, written, written_rows
+from ovisnb.data.formats import Options, entries_of, read_rows, reader_of
 from ovisnb.data.formats.info import is_info
-from ovisnb.data.formats.rows import is_lines
 from ovisnb.data.media import Folder, MediaError, find_file
+from ovisnb.data.pieces import kind_of
 from ovisnb.data.record import RecordError
 
 SPLITS = ("train", "val", "test")
@@ -81,28 +82,27 @@ def split(
     check_ratios(ratios)
     if is_info(path):
         raise RecordError(f"{path} names several data sets: split their files one by one")
-    source = _Rows(path, Options(path, image_folder), format)
+    rows = _Rows(path, Options(path, image_folder), format)
     groups = _Groups(image_folder)
     from tqdm import tqdm
 
-    for pictures in tqdm(source.pictures(), path.name[:40], unit=" rows", disable=None if progress else True):
-        groups.add(pictures)
+    for entries in tqdm(rows.entries(), path.name[:40], unit=" rows", disable=None if progress else True):
+        groups.add(picture for entry in entries for picture in _pictures(entry))
     places, sizes = _dealt(groups.roots(), ratios, seed)
     if not places:
         raise RecordError(f"{path} holds no records: there is nothing to split")
     folder = path.parent if output_dir is None else Path(output_dir)
-    names = [name for name in SPLITS if ratios[name]]
-    paths = {name: folder / f"{path.stem}_{name}{source.suffix}" for name in names}
-    source.write(places, [paths.get(name) for name in SPLITS])
+    files = {name: folder / f"{path.stem}_{name}{path.suffix}" for name in SPLITS}
+    paths = {name: file for name, file in files.items() if ratios[name]}
+    rows.write(places, [paths.get(name) for name in SPLITS])
     tally = Counter(places)
-    done = Split(paths, {name: tally[SPLITS.index(name)] for name in names}, ratios, len(sizes), max(sizes, default=0))
-    if source.whole:
+    done = Split(paths, {name: tally[SPLITS.index(name)] for name in paths}, ratios, len(sizes), max(sizes))
+    if rows.whole:
         done.notes.append(f"{path.name} holds everything in one object: its splits are written as records")
-    done.notes += [f"{name} is empty: its share is less than a group" for name in names if not done.counts[name]]
-    for name in SPLITS:
-        old = folder / f"{path.stem}_{name}{source.suffix}"
-        if name not in paths and old.exists():
-            done.notes.append(f"{old} is of an earlier split and may hold the same pictures: remove it")
+    done.notes += [f"{name} is empty: its share is less than a group" for name in paths if not done.counts[name]]
+    for name, file in files.items():
+        if name not in paths and file.exists():
+            done.notes.append(f"{file} is of an earlier split and may hold the same pictures: remove it")
     return done
 
 
@@ -169,63 +169,38 @@ class _Rows:
 
     def __init__(self, path: Path, options: Options, format: str | None):
         next(read_rows(path), None)  # refuses a file that is missing or empty
-        self.path, self.options = path, options
+        self.path, self.options, self.kind = path, options, kind_of(path)
         self.reader = None if format is None else reader_of(format)
-        self.suffix = path.suffix
-        self.parquet, self.lines = _form(path)
-        self.whole = False
+        first = list(islice(self._read(), 2)) if self.kind == "document" else []
+        self.whole = len(first) == 1 and len(first[0]) > 1
         """Whether one object holds everything, so that its records are what is dealt out."""
 
-    def pictures(self) -> Iterator[list[str | bytes]]:
-        """The pictures of each row in order; RecordError, with file and line, for one that cannot be read."""
-        for number, (_, entries) in enumerate(self._rows()):
-            if not number and len(entries) > 1 and not self.lines and self._alone():
-                self.whole = True
-                yield from (list(_pictures(entry)) for entry in entries)
-                return
-            yield [picture for entry in entries for picture in _pictures(entry)]
+    def entries(self) -> Iterator[list[Any]]:
+        """The entries of each row in order; RecordError, with file and line, for one that cannot be read."""
+        return ([entry] for entries in self._read() for entry in entries) if self.whole else self._read()
 
     def write(self, places: list[int], paths: list[Path | None]) -> None:
         """Row number i into the file of place `places[i]`."""
-        if self.parquet and not self.whole:
+        if self.kind == "parquet":
             _write_parquet(self.path, places, paths)
             return
+        rows = (entry for [entry] in self.entries()) if self.whole else (row.entry for row in read_rows(self.path))
         with ExitStack() as stack:
-            writers = [p and stack.enter_context(written_rows(p, self.lines)) for p in paths]
-            rows = (entry for _, entries in self._rows() for entry in entries) if self.whole else self._raw()
+            writers = [path and stack.enter_context(written_rows(path, self.kind == "lines")) for path in paths]
             count = 0
-            for count, row in enumerate(rows, start=1):
-                if count <= len(places):
-                    writers[places[count - 1]](row_json(row, self.path, strict=False))
-            if count != len(places):
+            for count, (place, row) in enumerate(zip(places, rows), start=1):
+                writers[place](row_json(row, self.path, strict=False))
+            if count != len(places) or next(rows, rows) is not rows:
                 raise RecordError(f"{self.path} changed while it was split: split it again")
 
-    def _raw(self) -> Iterator[Any]:
-        return (row.entry for row in read_rows(self.path))
-
-    def _rows(self) -> Iterator[tuple[Row, list[Any]]]:
+    def _read(self) -> Iterator[list[Any]]:
         for row in read_rows(self.path):
-            entries = []
-            for one in entries_of([row], self.reader, self.options):
+            entries = list(entries_of([row], self.reader, self.options))
+            for one in entries:
                 if one.problem is not None:
                     advice = "; `ovisnb data validate FILE --fix` leaves such rows out"
                     raise RecordError(f"{self.path}:{one.line}: {one.problem}{advice}")
-                entries.append(one.entry)
-            yield row, entries
-
-    def _alone(self) -> bool:
-        rows = read_rows(self.path)
-        next(rows, None)
-        return next(rows, None) is None
-
-
-def _form(path: Path) -> tuple[bool, bool]:
-    """(whether a file is parquet, whether it is JSON lines)."""
-    with path.open("rb") as file:
-        if file.read(4) == b"PAR1":
-            return True, False
-        file.seek(0)
-        return False, path.suffix in LINES_SUFFIXES or is_lines(file, path)
+            yield [one.entry for one in entries]
 
 
 def _pictures(entry: Any) -> Iterator[str | bytes]:

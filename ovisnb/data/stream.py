@@ -205,5 +205,10 @@ def _record(file: File, example: Example) -> Record:
 
 
 def _file(data_set: DataSet, image_folder: Folder, template: str | None) -> File:
-    options = data_set.options(image_folder, template)
-    return File(data_set.path, kind_of(data_set.path), options, data_set.format, data_set.folder)
+    path, kind = data_set.path, kind_of(data_set.path)
+    if kind == "document":
+        raise RecordError(
+            f"{path} is no JSON lines, parquet or tar file, and others cannot be streamed: convert it to JSON lines, "
+            "or read it without streaming"
+        )
+    return File(path, kind, data_set.options(image_folder, template), data_set.format, data_set.folder)

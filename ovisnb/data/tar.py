@@ -19,7 +19,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ovisnb.data.formats.rows import Row
 from ovisnb.data.record import RecordError
@@ -60,9 +60,8 @@ class Sample(NamedTuple):
     """The endings of other members, which are not read."""
 
 
-def is_tar(file: BinaryIO) -> bool:
-    """Whether a file begins as a tar does."""
-    head = file.read(512)
+def is_tar(head: bytes) -> bool:
+    """Whether the first 512 bytes of a file are those of a tar."""
     return len(head) == 512 and head[257:262] == b"ustar"
 
 
