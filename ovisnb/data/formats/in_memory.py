@@ -11,7 +11,7 @@ Any format that gives one record a row works, with pictures as PIL images, bytes
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,13 @@ class RecordsOf(Sequence[Record]):
             raise IndexError(f"there are {len(self)} records, but number {index} was asked for")
         index %= len(self)
         source = f"{self.name}:{index + 1}"
-        row = _row(self.rows, index)
-        entries = list(entries_of(iter([Row(index + 1, row)]), self.reader, self.options))
+        entries = list(entries_of([Row(index + 1, _row(self.rows[index]))], self.reader, self.options))
         problem = entries[0].problem if entries else "the row holds no record"
         if problem is None and len(entries) > 1:
             problem = f"the row holds {len(entries)} records, and here each is to hold one: write them to a file"
         if problem is not None:
             raise RecordError(f"{source}: {problem}")
         return to_record(entries[0].entry, source=source, index=index, options=self.options)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
 
 
 def from_dataset(
@@ -65,22 +61,14 @@ def from_dataset(
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise TypeError("a data set has rows by number: choose a split, and read a stream with ovisnb.data.stream")
-    return RecordsOf(_undecoded(dataset), name, Options(Path(name), image_folder, template), format)
-
-
-def _undecoded(dataset: Any) -> Any:
-    """A `datasets.Dataset` whose rows come as arrow holds them; anything else as it is."""
     from datasets import Dataset
 
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        return dataset.with_format("arrow")
-    return dataset
+        dataset = dataset.with_format("arrow")  # which decodes no picture
+    return RecordsOf(dataset, name, Options(Path(name), image_folder, template), format)
 
 
-def _row(rows: Any, index: int) -> Any:
-    row = rows[index]
-    if isinstance(row, Mapping):
-        return present(dict(row))
+def _row(row: Any) -> Any:
     if hasattr(row, "to_pylist"):  # a table of one row
-        return present(row.to_pylist()[0])
-    return row
+        [row] = row.to_pylist()
+    return present(dict(row)) if isinstance(row, Mapping) else row

@@ -61,14 +61,12 @@ def picture(value: Any) -> Any:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, dict):
-        if (url := value.get("url")) is not None and value.get("bytes") is None and value.get("path") is None:
-            return picture(url) if isinstance(url, str) else _no_picture(url)
-        if value.get("bytes") is None and value.get("path") is None:
-            return _no_picture(value)
-        known = ("bytes", "path", "box", "coordinates")
-        return {key: value[key] for key in known if value.get(key) is not None}
+        if value.get("bytes") is not None or value.get("path") is not None:
+            known = ("bytes", "path", "box", "coordinates")
+            return {key: value[key] for key in known if value.get(key) is not None}
+        value = value.get("url", value)
     if not isinstance(value, str):
-        return _no_picture(value)
+        raise RecordError(f"a picture is a path, a data: URL, bytes or a PIL image, not {short(value)}")
     if value[:5].lower() == "data:":
         return {"bytes": _decoded(value)}
     if value[:7].lower() == "file://":
@@ -135,7 +133,3 @@ def _decoded(url: str) -> bytes:
         return base64.b64decode(unquote(content) if "%" in content else content, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RecordError(f"a data: URL is no base64 that can be read ({error}): save the picture as a file") from None
-
-
-def _no_picture(value: Any) -> Any:
-    raise RecordError(f"a picture is a path, a data: URL, bytes or a PIL image, not {short(value)}")
