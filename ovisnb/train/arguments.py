@@ -13,47 +13,31 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
     on_gpu = torch.cuda.is_available()
     if settings.fp16 and not on_gpu:
         raise SettingsError("fp16 needs a GPU: use bf16, or neither.")
-    workers = settings.dataloader_num_workers
+    known = TrainingArguments.__dataclass_fields__
+    # a setting with a name of transformers' means what it means there
+    same = settings.model_dump(exclude={"gradient_checkpointing", "warmup_ratio"})
+    values = {name: value for name, value in same.items() if name in known}
     # renamed in 5.20; the old name warns there
-    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     reporters = [name for name in settings.report_to.split(",") if name not in ("none", "tensorboard")]
-    values = dict(
-        output_dir=settings.output_dir,
-        num_train_epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_eval_batch_size or settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        # a share of the steps when below one
-        warmup_steps=settings.warmup_ratio or settings.warmup_steps,
-        optim=settings.optim,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-        use_cpu=not (on_gpu or torch.backends.mps.is_available()),  # bfloat16 on the CPU asks for it in so many words
-        bf16=settings.bf16,
-        fp16=settings.fp16,
-        seed=settings.seed,
-        dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
-        dataloader_pin_memory=on_gpu,
-        logging_steps=settings.logging_steps,
+    values |= {
+        renamed: settings.gradient_checkpointing,
+        "warmup_steps": settings.warmup_ratio or settings.warmup_steps,  # a share of the steps when below one
+        "per_device_eval_batch_size": settings.per_device_eval_batch_size or settings.per_device_train_batch_size,
+        # bfloat16 on the CPU asks for it in so many words
+        "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
+        "dataloader_persistent_workers": settings.dataloader_num_workers > 0,
+        "dataloader_pin_memory": on_gpu,
         # the filter waits for the GPU in every step, and hides what MetricsFile stops the run for
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=settings.save_total_limit,
-        eval_strategy="no" if not evaluates else "steps" if settings.eval_steps else "epoch",
-        eval_steps=settings.eval_steps,
-        report_to=reporters or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cache=True,  # what is saved in config.json; SftTrainer trains without
-        **{checkpointing: settings.gradient_checkpointing},
-    )
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
+        "eval_strategy": "no" if not evaluates else "steps" if settings.eval_steps else "epoch",
+        "report_to": reporters or "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "use_cache": True,  # what is saved in config.json; SftTrainer trains without
+    }
     try:
         arguments = TrainingArguments(**values)
     except ValueError as error:  # such as the name of no optimizer

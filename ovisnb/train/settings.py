@@ -15,7 +15,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -66,13 +66,13 @@ class Settings(BaseModel):
     data_name: str | None = Field(
         None, description='a name for the data; of a data-info file, the sets to train on ("photos|captions")'
     )
-    data_type: str = Field(
+    data_type: Literal["conversation", "caption"] = Field(
         "conversation", description='"conversation", in any format that is read, or "caption" (picture and caption)'
     )
     caption_template: str | None = Field(
         None, description='the question before a caption, with one <image>; None: the default of "caption" data'
     )
-    stage: str = Field("sft", description='"sft", which the Ovis scripts call 3, is the only stage')
+    stage: Literal["sft"] = Field("sft", description='"sft", which the Ovis scripts call 3, is the only stage')
 
     # How long and how fast
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps wins over it")
@@ -122,20 +122,18 @@ class Settings(BaseModel):
     @field_validator("data_path", "eval_data_path", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        if value is None:
-            return []
-        entries = value if isinstance(value, (list, tuple)) else [value]
+        entries = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         return [str(entry) if isinstance(entry, Path) else entry for entry in entries]
-
-    @field_validator("stage", mode="before")
-    @classmethod
-    def _stage_by_name(cls, value: Any) -> Any:
-        return "sft" if str(value) == "3" else value
 
     @field_validator("model_path", "image_folder", "output_dir", mode="before")
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _stage_by_name(cls, value: Any) -> Any:
+        return "sft" if str(value) == "3" else value
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -191,14 +189,10 @@ class Settings(BaseModel):
 
     def _check(self) -> None:
         """Raise SettingsError for values that contradict each other."""
-        if self.data_type not in ("conversation", "caption"):
-            raise SettingsError(f'data_type "{self.data_type}" is not known: it is "conversation" or "caption".')
         if self.caption_template is not None and self.data_type != "caption":
             raise SettingsError('caption_template is given, but data_type is not "caption": change one of them.')
         if self.allow_absolute and self.image_folder is None:
             raise SettingsError("allow_absolute is given without an image_folder: give the folder of relative paths.")
-        if self.stage != "sft":
-            raise SettingsError(f'stage "{self.stage}" is not known: "sft" (or 3) is the only stage.')
         for name in self.trained:
             if ":" in name:
                 raise SettingsError(
@@ -214,16 +208,13 @@ class Settings(BaseModel):
             raise SettingsError("max_steps is 0: give at least 1, or -1 to go by num_train_epochs.")
         if self.streaming and self.max_steps < 1:
             raise SettingsError("streaming has no number of steps of its own: give max_steps.")
-        if self.bf16 and self.fp16:
-            raise SettingsError("bf16 and fp16 are both on: choose one.")
-        if self.warmup_ratio and self.warmup_steps:
-            raise SettingsError("warmup_ratio and warmup_steps are both given: choose one.")
-        for kind in ("single_image", "multiple_image", "video"):
-            low, high = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
+        for one, other, what in (("bf16", "fp16", "on"), ("warmup_ratio", "warmup_steps", "given")):
+            if getattr(self, one) and getattr(self, other):
+                raise SettingsError(f"{one} and {other} are both {what}: choose one.")
+        for what in ("single_image_{}_pixels", "multiple_image_{}_pixels", "video_{}_pixels", "{}_frames"):
+            low, high = (getattr(self, what.format(end)) for end in ("min", "max"))
             if low and high and low > high:
-                raise SettingsError(f"{kind}_min_pixels {low} is above {kind}_max_pixels {high}.")
-        if self.min_frames and self.max_frames and self.min_frames > self.max_frames:
-            raise SettingsError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}.")
+                raise SettingsError(f"{what.format('min')} {low} is above {what.format('max')} {high}.")
 
 
 def _known(name: str) -> str:
