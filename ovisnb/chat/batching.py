@@ -72,14 +72,16 @@ def plan_batches(
                     f"sample {index} has {needs:,} {name}, more than max_{name} {limit:,}: "
                     f"raise max_{name}, or shorten it with max_length or max_pixels"
                 )
-    order = list(range(len(lengths)))
+    order, batches = list(range(len(lengths))), []
     chance = None if seed is None else random.Random(seed)
+    window = max(len(order), 1)
     if chance:
         chance.shuffle(order)
-    batches = []
-    for window in _windows(order, lengths, WINDOW_BATCHES * max_tokens if chance else None):
-        window.sort(key=lambda index: lengths[index], reverse=True)
-        batches += _filled(window, lengths, max_tokens, max_images)
+        tokens = sum(length.tokens for length in lengths)
+        window = WINDOW_BATCHES * len(order) * max_tokens // max(tokens, 1) + 1
+    for start in range(0, len(order), window):
+        sorted_by_length = sorted(order[start : start + window], key=lambda index: lengths[index], reverse=True)
+        batches += _filled(sorted_by_length, lengths, max_tokens, max_images)
     if chance:
         chance.shuffle(batches)
     return batches
@@ -93,19 +95,6 @@ def padding(lengths: Sequence[Length], batches: Iterable[Sequence[int]]) -> Padd
         tokens += sum(rows)
         padded += len(rows) * max(rows, default=0)
     return Padding(tokens, padded - tokens)
-
-
-def _windows(order: list[int], lengths: Sequence[Length], most: int | None) -> Iterator[list[int]]:
-    """Runs of `order` of about `most` tokens; all of it when None."""
-    window, tokens = [], 0
-    for index in order:
-        window.append(index)
-        tokens += lengths[index].tokens
-        if most is not None and tokens >= most:
-            yield window
-            window, tokens = [], 0
-    if window:
-        yield window
 
 
 def _filled(
