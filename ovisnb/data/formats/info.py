@@ -83,14 +83,7 @@ def read_info(path: str | os.PathLike[str], names: str | None = None) -> list[Da
     data set, for anything else that is wrong.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise RecordError(f"{path} is no data-info file: it is larger than {_LARGEST >> 20} MB")
-        entry = json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise RecordError(f"the data-info file {path} cannot be read ({error.strerror}): give its path") from None
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is no JSON that can be read ({error}): repair it") from None
+    entry = _object(path)
     try:
         return data_sets(entry, path.parent, names)
     except RecordError as error:
@@ -106,16 +99,20 @@ def sets_of(
 
 def is_info(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a data-info file; quick also for large files, and False for one that cannot be read."""
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > _LARGEST:
-                return False
-            if not file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-                return False
-        return matches(json.loads(path.read_text("utf-8-sig")))
-    except (OSError, ValueError, RecursionError):
+        return matches(_object(Path(path)))
+    except RecordError:
         return False
+
+
+def _object(path: Path) -> Any:
+    """The JSON value in a file, None where it is too large for a data-info file; RecordError if it cannot be read."""
+    try:
+        return json.loads(path.read_text("utf-8-sig")) if path.stat().st_size <= _LARGEST else None
+    except OSError as error:
+        raise RecordError(f"the data-info file {path} cannot be read ({error.strerror}): give its path") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path} is no JSON that can be read ({error}): repair it") from None
 
 
 def data_sets(entry: Any, base: Path, names: str | None = None) -> list[DataSet]:
@@ -198,30 +195,26 @@ def _data_set(name: str, fields: Any, base: Path) -> DataSet:
         path=base / path,
         folder=None if values["folder"] is None else str(base / values["folder"]),
         format=_FORMATS.get(format, format),
-        weight=_weight(values["weight"], where),
+        weight=values["weight"],
         template=values["template"],
     )
 
 
 def _value(fields: dict, keys: tuple[str, ...], where: str) -> Any:
-    """The value under one of `keys`, None if there is none; text unless it is a weight."""
+    """The value under one of `keys`, None if there is none: text, and of a weight a number above 0."""
     given = [key for key in keys if fields.get(key) is not None]
     if len(given) > 1:
         raise RecordError(f"{where} has both `{given[0]}` and `{given[1]}`, which say the same: drop one")
     if not given:
         return None
     value = fields[given[0]]
-    if given[0] != "weight" and (not isinstance(value, str) or not value.strip() or "\0" in value):
+    if given[0] == "weight":
+        if not is_number(value) or value <= 0:
+            raise RecordError(f"{where}: `weight` is not a number above 0: correct it, or drop the set")
+        return float(value)
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise RecordError(f"{where}: `{given[0]}` is not a text with something in it: correct it")
     return value
-
-
-def _weight(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    if not is_number(value) or value <= 0:
-        raise RecordError(f"{where}: `weight` is not a number above 0: correct it, or drop the set")
-    return float(value)
 
 
 def _chosen(sets: list[DataSet], names: str) -> list[DataSet]:
