@@ -6,19 +6,23 @@
 A file is read and checked once, record by record, into a table in the cache folder, which later runs map
 into memory: they open it at once, and what they do not touch is never read. A table belongs to its file's path,
 size and time of change, to the options it was read with, and to the code of the readers; anything else is read
-anew. What reading learned from pictures (a box that was cut to its picture) stays as it was then. The folder
-may be deleted at any time.
+anew, and takes the place of older tables of the same path and options that nobody has open. What reading learned from
+pictures (a box that was cut to its picture) stays as it was then. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -54,27 +58,23 @@ class LocalRecords(Sequence[Record]):
         names: str | None = None,
         cache_folder: str | os.PathLike[str] | None = None,
     ):
-        from datasets import concatenate_datasets
+        from datasets import concatenate_datasets, config
 
-        if isinstance(paths, (str, os.PathLike)):
-            paths = [paths]
-        cache = _default_cache() if cache_folder is None else Path(cache_folder)
-        tables, numbers, start = [], array("q"), 0
-        for path in (found for one in paths for found in files_of(one)):
-            sets = sets_of(path, names=names, format=format, template=template)
-            opened = [_open(data_set, image_folder, template, cache) for data_set in sets]
-            ranges = []
-            for table in opened:
-                ranges.append(range(start, start + len(table)))
-                start += len(table)
-            tables += opened
+        cache = Path(cache_folder or Path(config.HF_DATASETS_CACHE) / "ovisnb_records")
+        held = ExitStack()
+        weakref.finalize(self, held.close)
+        tables, self.numbers, start = [], array("q"), 0
+        for path in files_of(paths):
+            sets, ranges = sets_of(path, names=names, format=format, template=template), []
+            for data_set in sets:
+                tables.append(_open(data_set, data_set.options(image_folder, template), cache, held))
+                ranges.append(range(start, start := start + len(tables[-1])))
             if sets[0].weight is None:
-                order = (number for numbers_of in ranges for number in numbers_of)
+                self.numbers.extend(chain.from_iterable(ranges))
             else:
-                order = mixed([functools.partial(iter, some) for some in ranges], [some.weight for some in sets])
-            numbers.extend(order)
+                weights = [data_set.weight for data_set in sets]
+                self.numbers.extend(mixed([functools.partial(iter, some) for some in ranges], weights))
         self.table = concatenate_datasets(tables).with_format("arrow") if tables else ()
-        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -108,57 +108,61 @@ class LocalRecords(Sequence[Record]):
                 yield _record(row)
 
 
-def _default_cache() -> Path:
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE) / "ovisnb_records"
-
-
-def _open(data_set: DataSet, image_folder: Folder, template: str | None, cache: Path) -> Any:
-    """The table of one data file as a datasets.Dataset, written first if it is not there."""
+def _open(data_set: DataSet, options: Options, cache: Path, held: ExitStack) -> Any:
+    """The table of one data file as a datasets.Dataset, written first if it is not there, and `held` open."""
     from datasets import Dataset
     from filelock import FileLock
 
-    options = data_set.options(image_folder, template)
-    file = cache / f"{_key(data_set, options)}.arrow"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if not file.exists():
-                for left in cache.glob(f"{file.stem}.*.tmp"):  # by a process that was killed
-                    left.unlink()
-                _write(file, data_set, options)
-    return Dataset.from_file(str(file))
+    if kind_of(data_set.path) == "tar":  # a table would hold all of its pictures once more
+        raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
+    source, version = _key(data_set, options)
+    file = cache / f"{source}-{version}.arrow"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{source}.lock"):
+        if not file.exists():
+            for older in cache.glob(f"{source}-*"):
+                _remove(older)
+            _write(file, data_set, options)
+        fcntl.flock(held.enter_context(file.open("rb")), fcntl.LOCK_SH)
+        return Dataset.from_file(str(file))
 
 
-def _key(data_set: DataSet, options: Options) -> str:
-    """What a table is known by. Missing files are refused by the reader, in its words."""
-    told = data_set.path.stat() if data_set.path.exists() else None
+def _remove(file: Path) -> None:
+    """Remove a table, or what a killed process left of one, unless some process has it open.
+
+    What is mapped would outlive its name, but a worker that is started later opens it by that.
+    """
+    with file.open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        file.unlink()
+
+
+def _key(data_set: DataSet, options: Options) -> tuple[str, str]:
+    """What a table is known by: digests of where its rows come from, and of the version of the file and the readers."""
     folder = options.image_folder
-    facts = [
-        _reader_version(),
+    source = [
         str(data_set.path),
         str(data_set.path.absolute()),
-        told and (told.st_size, told.st_mtime_ns),
         data_set.format,
         data_set.folder,
         options.template,
         folder and (os.path.abspath(folder), getattr(folder, "allow_absolute", False)),
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    told = data_set.path.stat()
+    version = [_reader_version(), told.st_size, told.st_mtime_ns]
+    return tuple(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] for facts in (source, version))
 
 
 @functools.cache
 def _reader_version() -> str:
     """A digest of the code that turns a file into records: tables written by other code are not trusted."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for file in [*sorted(here.glob("formats/*.py")), *(here / f"{name}.py" for name in _READ_WITH)]:
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-_READ_WITH = ("boxes", "local", "markup", "media", "record")
 
 
 def _write(file: Path, data_set: DataSet, options: Options) -> None:
@@ -188,8 +192,6 @@ def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:
     rows = read_entries(
         data_set.path, image_folder=options.image_folder, format=data_set.format, template=options.template
     )
-    if kind_of(data_set.path) == "tar":  # a table would hold all of its pictures once more
-        raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
     for index, (line, entry, problem) in enumerate(rows):
         source = f"{data_set.path}:{line}"
         if problem is not None:

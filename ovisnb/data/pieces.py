@@ -18,7 +18,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -78,15 +78,16 @@ class Example(NamedTuple):
     """Where the pictures of a sample lie, which are not read yet, by the names that stand for them in the entry."""
 
 
-def files_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The file itself, or the files that a pattern names, in order; RecordError if it names none."""
-    text = os.fspath(path)
-    if os.path.exists(text) or not glob.has_magic(text):
-        return [Path(text)]
-    found = sorted(name for name in glob.glob(text, recursive=True) if os.path.isfile(name))
-    if not found:
-        raise RecordError(f"no file has a name like {text}: correct the pattern")
-    return [Path(name) for name in found]
+def files_of(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files that paths or patterns name, in order; RecordError for a pattern that names none."""
+    files = []
+    for text in map(os.fspath, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+        pattern = glob.has_magic(text) and not os.path.exists(text)
+        found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True))) if pattern else [text]
+        if not found:
+            raise RecordError(f"no file has a name like {text}: correct the pattern")
+        files += map(Path, found)
+    return files
 
 
 def kind_of(path: Path) -> str:

@@ -54,9 +54,8 @@ class RecordStream:
     ):
         self.seed, self.epoch, self.drawn = seed, 0, 0
         self.index, self.count = 0, 1
-        given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         plain, self.sources = [], []
-        for path in (found for one in given for found in files_of(one)):
+        for path in (found := files_of(paths)):
             sets = sets_of(path, names=names, format=format, template=template)
             files = [_file(data_set, image_folder, template) for data_set in sets]
             if sets[0].weight is None:
@@ -70,7 +69,7 @@ class RecordStream:
         for source in self.sources:
             if not source.pieces:
                 raise RecordError(
-                    f"there is no record in {' or '.join(map(str, given))}: a data file holds at least one"
+                    f"there is no record in {' or '.join(map(str, found))}: a data file holds at least one"
                 )
 
     def shard(self, index: int, count: int) -> RecordStream:

@@ -155,6 +155,37 @@ print(len(local.LocalRecords(sys.argv[1], cache_folder=sys.argv[2])))
     assert sorted(printed) == [["2503"], ["2503"], ["read", "2503"]]
 
 
+def test_a_table_takes_the_place_of_older_ones_that_nobody_has_open(tmp_path, cache):
+    path = tmp_path / "some.jsonl"
+
+    def opened(count, **options):
+        write(path, [{"conversations": TURNS}] * count)  # another size
+        return LocalRecords(path, cache_folder=cache, **options)
+
+    def tables():
+        return len(list(cache.glob("*.arrow")))
+
+    kept = [opened(1), opened(1, image_folder=tmp_path)]
+    assert tables() == 2  # other options, another table
+    kept.append(opened(2))
+    assert tables() == 3
+    assert len(pickle.loads(pickle.dumps(kept[0]))[:]) == 1  # a worker that starts now still finds it
+    del kept[0]
+    kept.append(opened(3))
+    assert tables() == 3
+    kept = []
+    assert len(opened(4)) == 4 and tables() == 2  # and that of the other options
+    holding = (
+        "import sys; from ovisnb.data import LocalRecords; r = LocalRecords(sys.argv[1], cache_folder=sys.argv[2])"
+    )
+    run = [sys.executable, "-c", holding + "; print(len(r), flush=True); input(); print(len(r[:]))", path, cache]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        assert process.stdout.readline() == "4\n"
+        assert len(opened(5)) == 5 and tables() == 3
+        assert process.communicate("\n")[0] == "4\n"
+    assert len(opened(6)) == 6 and tables() == 2
+
+
 def test_a_file_that_changes_while_it_is_read(file, cache, monkeypatch):
     rows = local._rows
 
