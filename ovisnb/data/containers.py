@@ -80,17 +80,10 @@ def _check_mp4(file: BinaryIO, size: int, name: str) -> int:
 
 def _end_of_matroska(start: bytes) -> int:
     """Where the one segment of the file says that it ends; 0 where it says nothing, as live recordings do."""
-    header, place = _ebml_size(start, 4)
-    place += header
-    if start[place : place + 4] != b"\x18S\x80g":
+    place = start.find(b"\x18S\x80g") + 4
+    if place < 4 or place == len(start):
         return 0
-    length, place = _ebml_size(start, place + 4)
-    return place + length
-
-
-def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
-    """(a size written as Matroska does, 0 if it is left open; where it ends)."""
-    first = data[at] if at < len(data) else 0
-    length = 9 - first.bit_length()
-    value = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
-    return (0 if value == (1 << 7 * length) - 1 else value), at + length
+    length = 9 - start[place].bit_length()  # of the size, whose first bits say how long it is
+    unknown = (1 << 7 * length) - 1
+    size = int.from_bytes(start[place : place + length], "big") & unknown
+    return 0 if size == unknown else place + length + size

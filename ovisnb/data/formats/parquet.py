@@ -80,11 +80,9 @@ def write_parquet(rows: Iterable[dict[str, Any]], path: str | os.PathLike[str]) 
     Pictures (under the names of `PICTURES`) may be paths, `{"bytes", "path"}` or PIL images. The file appears whole
     or not at all. Raises RecordError for values that no table column can hold: text beside numbers, say.
     """
-    with written(path) as out, tempfile.TemporaryFile(dir=Path(path).parent) as file:
-        spool = _Spool(file)
+    with written(path) as out, tempfile.TemporaryFile(dir=Path(path).parent) as spool:
         try:
-            spool.take(rows)
-            spool.write(out)
+            _write(rows, spool, out)
         except RecordError:
             raise
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -123,49 +121,36 @@ def _with_pictures(value: Any) -> Any:
     return [_with_pictures(item) for item in value] if isinstance(value, list) else value
 
 
-class _Spool:
-    """Rows as batches in a temporary file, each with the schema it happens to have, until that of all is known."""
+def _write(rows: Iterable[dict[str, Any]], spool: BinaryIO, out: BinaryIO) -> None:
+    """Rows -> `spool`, as tables that each have the schema they happen to have -> `out`, with the schema of all."""
+    schema, places = pa.schema([]), []
+    lists: set[str] = set()  # columns of pictures in which any cell is a list; until then the cells of all of them are
+    for group in _groups(_cells(row, lists) for row in rows):
+        names = dict.fromkeys(name for row in group for name in row)
+        table = pa.table({name: [row.get(name) for row in group] for name in names})
+        schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+        places.append(spool.tell())
+        with pa.ipc.new_stream(pa.PythonFile(spool, "w"), table.schema) as stream:
+            stream.write_table(table)
+    schema = pa.schema([_picture_field(field) if field.name in PICTURES else field for field in schema])
+    alone = {field.name for field in schema if field.name in PICTURES and field.name not in lists}
+    written = pa.schema([field.with_type(field.type.value_type) if field.name in alone else field for field in schema])
+    written = written.with_metadata(_features(written))
+    with pq.ParquetWriter(out, written) as writer:
+        for start in places:
+            spool.seek(start)
+            table = pa.ipc.open_stream(pa.PythonFile(spool, "r")).read_all()
+            table = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+            columns = [pc.list_element(table[name], 0) if name in alone else table[name] for name in schema.names]
+            writer.write_table(pa.table(columns, schema=written))
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.schema, self.places = pa.schema([]), []
-        self.listed: set[str] = set()
-        """Columns of pictures in which any cell is a list; until then the cells of all of them are."""
 
-    def take(self, rows: Iterable[dict[str, Any]]) -> None:
-        for group in _groups(map(self._cells, rows)):
-            names = dict.fromkeys(name for row in group for name in row)
-            batch = pa.RecordBatch.from_pydict({name: [row.get(name) for row in group] for name in names})
-            self.schema = pa.unify_schemas([self.schema, batch.schema], promote_options="permissive")
-            self.places.append(self.file.tell())
-            with pa.ipc.new_stream(pa.PythonFile(self.file, "w"), batch.schema) as stream:
-                stream.write_batch(batch)
-
-    def write(self, out: BinaryIO) -> None:
-        waiting = _writable(self.schema)
-        alone = [field.name in PICTURES and field.name not in self.listed for field in waiting]
-        kept = [field.with_type(field.type.value_type) if one else field for field, one in zip(waiting, alone)]
-        schema = pa.schema(kept, _features(kept))
-        with pq.ParquetWriter(out, schema) as writer:
-            for start in self.places:
-                self.file.seek(start)
-                table = pa.ipc.open_stream(pa.PythonFile(self.file, "r")).read_all()
-                columns = []
-                for field, one in zip(waiting, alone):
-                    absent = field.name not in table.column_names
-                    column = pa.nulls(len(table), field.type) if absent else table[field.name].cast(field.type)
-                    columns.append(pc.list_element(column, 0) if one else column)
-                writer.write_table(pa.table(columns, schema=schema))
-
-    def _cells(self, row: dict[str, Any]) -> dict[str, Any]:
-        cells = dict(row)
-        for name in PICTURES:
-            if (value := row.get(name)) is not None:
-                listed = isinstance(value, list)
-                if listed:
-                    self.listed.add(name)
-                cells[name] = [_picture_cells(item) for item in (value if listed else [value])]
-        return cells
+def _cells(row: dict[str, Any], lists: set[str]) -> dict[str, Any]:
+    """The row with its pictures as cells, in a list; `lists` learns the columns where they came in one."""
+    pictures = {name: row[name] for name in PICTURES if row.get(name) is not None}
+    lists.update(name for name, value in pictures.items() if isinstance(value, list))
+    listed = {name: value if isinstance(value, list) else [value] for name, value in pictures.items()}
+    return {**row, **{name: _picture_cells(value) for name, value in listed.items()}}
 
 
 def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -198,9 +183,9 @@ def _picture_cells(value: Any) -> Any:
     return value
 
 
-def _writable(schema: pa.Schema) -> list[pa.Field]:
-    """The columns, with the type of a picture where only its paths or only its bytes were seen."""
-    return [field.with_type(_picture_type(field.type)) if field.name in PICTURES else field for field in schema]
+def _picture_field(seen: pa.Field) -> pa.Field:
+    """A column of pictures, complete where only paths or only bytes were seen."""
+    return seen.with_type(_picture_type(seen.type))
 
 
 def _picture_type(seen: pa.DataType) -> pa.DataType:
