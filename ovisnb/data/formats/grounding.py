@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,15 +49,6 @@ _BOX_KEYS = {f"{key}_{form}": form for form in FORMS for key in ("bbox", "box")}
 _OVER = 1.01  # annotators' boxes reach a pixel or two out of the picture
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What is said behind the format's name."""
-
-    questions: tuple[str, ...] = ("find",)
-    form: str | None = None
-    unit: str = "pixels"
-
-
 def matches_coco(entry: Any) -> bool:
     """Whether an object holds `images` and `annotations`."""
     return isinstance(entry, dict) and {"images", "annotations"} <= entry.keys() and "messages" not in entry
@@ -69,7 +60,7 @@ def matches_refcoco(entry: Any) -> bool:
     return not any(keys.isdisjoint(some) for some in (PICTURE_KEYS, NAME_KEYS, _BOX_KEYS))
 
 
-def coco(entry: dict, options: Options, chosen: Choices = Choices()) -> Iterator[dict | RecordError]:
+def coco(entry: dict, options: Options, kinds: Sequence[str] = ("find",)) -> Iterator[dict | RecordError]:
     """The questions of a COCO file, in the order of its pictures; an annotation that cannot be used is an error."""
     names = {known["id"]: known.get("name") for known in _objects({"categories": [], **entry}, "categories")}
     images = _objects(entry, "images")
@@ -84,19 +75,21 @@ def coco(entry: dict, options: Options, chosen: Choices = Choices()) -> Iterator
             of_image[image].append(annotation)
     for image in images:
         try:
-            yield from _of_image(image, of_image[image["id"]], names, options, chosen)
+            yield from _of_image(image, of_image[image["id"]], names, options, kinds)
         except RecordError as error:
             yield RecordError(f"image {short(image['id'])}: {error}")
 
 
-def refcoco(entry: dict, options: Options, chosen: Choices = Choices()) -> Iterator[dict | RecordError]:
+def refcoco(
+    entry: dict, options: Options, kinds: Sequence[str] = ("find",), form: str | None = None, unit: str = "pixels"
+) -> Iterator[dict | RecordError]:
     """The questions of one row: one for each expression."""
     picture_key, shown = first_of(entry, PICTURE_KEYS, "image")
     name_key, said = first_of(entry, NAME_KEYS, "expression")
     box_key, numbers = first_of(entry, tuple(_BOX_KEYS), "bbox")
-    form = _BOX_KEYS[box_key] or _form(entry) or chosen.form
+    form = _BOX_KEYS[box_key] or _form(entry) or form
     shown = picture(shown[0] if isinstance(shown, list) and len(shown) == 1 else shown)
-    extent = _size(entry, shown, options) if chosen.unit == "pixels" else boxes.extent(chosen.unit)
+    extent = _size(entry, shown, options) if unit == "pixels" else boxes.extent(unit)
     several = isinstance(numbers, list) and bool(numbers) and isinstance(numbers[0], list)
     found, notes = [], []
     if form is None:
@@ -124,11 +117,11 @@ def refcoco(entry: dict, options: Options, chosen: Choices = Choices()) -> Itera
         own = {**rest, "image": [shown]}
         if len(names) > 1 and _is_id(rest.get("id")):
             own["id"] = f"{rest['id']}-{number}"
-        yield from _questions("Find {the}", _name(name), found, chosen.questions, notes, own)
+        yield from _questions("Find {the}", _name(name), found, kinds, notes, own)
 
 
 def _of_image(
-    image: dict, annotations: Sequence[dict], names: dict, options: Options, chosen: Choices
+    image: dict, annotations: Sequence[dict], names: dict, options: Options, kinds: Sequence[str]
 ) -> Iterator[Entry | RecordError]:
     """The questions about one picture of a COCO file."""
     if not annotations:
@@ -160,7 +153,7 @@ def _of_image(
             continue
         head = "Find {the}" if "tokens_positive" in group[0] and "caption" in image else "Find every"
         more = {"id": f"{image['id']}-{label}", "image": [shown]}
-        yield from _questions(head, name, found, chosen.questions, [*notes, *own], more)
+        yield from _questions(head, name, found, kinds, [*notes, *own], more)
     yield from errors
 
 
@@ -312,15 +305,13 @@ def _chosen(reader: Reader, allowed: Sequence[str], choices: str) -> Reader:
     for word in words:
         if word not in allowed:
             raise RecordError(f"the format {reader.name!r} has no choice {word!r}: use some of {', '.join(allowed)}")
-    forms, units = ([word for word in words if word in known] for known in (FORMS, UNITS))
-    if len(forms) > 1 or len(units) > 1:
-        raise RecordError(f"the choices {choices!r} contradict each other: keep one of {', '.join(forms or units)}")
-    chosen = Choices(
-        questions=tuple(word for word in QUESTIONS if word in words) or ("find",),
-        form=forms[0] if forms else None,
-        unit=units[0] if units else "pixels",
-    )
-    return replace(reader, entries=partial(reader.entries, chosen=chosen))
+    said: dict[str, Any] = {"kinds": tuple(kind for kind in QUESTIONS if kind in words) or ("find",)}
+    for key, known in (("form", FORMS), ("unit", UNITS)):
+        given = [word for word in words if word in known]
+        if len(given) > 1:
+            raise RecordError(f"the choices {choices!r} contradict each other: keep one of {', '.join(given)}")
+        said |= {key: given[0]} if given else {}
+    return replace(reader, entries=partial(reader.entries, **said))
 
 
 COCO = Reader(
