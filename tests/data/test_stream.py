@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import pickle
+import re
 import tarfile
 from itertools import chain, islice, repeat
 
@@ -242,14 +243,16 @@ def test_errors_name_file_and_line(tmp_path):
     lines = path.read_text().splitlines()
     lines[17] = '{"conversations": ['
     path.write_text("\n".join(lines))
-    with pytest.raises(RecordError, match=rf"^{path}:18: broken JSON at column"):
+    with pytest.raises(RecordError, match=rf"^{re.escape(str(path))}:18: broken JSON at column"):
         list(RecordStream(path))
     lines[17] = json.dumps({"id": "x", "conversations": [{"from": "user", "value": ""}]})
     path.write_text("\n".join(lines))
-    with pytest.raises(RecordError, match=rf"^record 'x' \({path}:18\): turn 1: the role 'user' is unknown"):
+    with pytest.raises(
+        RecordError, match=rf"^record 'x' \({re.escape(str(path))}:18\): turn 1: the role 'user' is unknown"
+    ):
         list(RecordStream(path))
     table = write_parquet(tmp_path / "some.parquet", [{**row(n), "image": "a" * (n == 7)} for n in range(12)])
-    with pytest.raises(RecordError, match=rf"^record '\d+' \({table}:\d+\): "):
+    with pytest.raises(RecordError, match=rf"^record '\d+' \({re.escape(str(table))}:\d+\): "):
         list(RecordStream(table))
     for text, match in (
         ("[]", "is no JSON lines, parquet or tar"),
@@ -264,7 +267,7 @@ def test_errors_name_file_and_line(tmp_path):
     with pytest.raises(RecordError, match="there is no data file at"):
         RecordStream(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(RecordError, match=r"there is no record in \S*empty.jsonl: a data file holds at least one"):
+    with pytest.raises(RecordError, match=r"there is no record in .*empty\.jsonl: a data file holds at least one"):
         RecordStream(tmp_path / "empty.jsonl")
     blank = tmp_path / "blank.jsonl"
     blank.write_text("\n \n\n")
@@ -346,7 +349,9 @@ def test_samples_of_a_tar(tmp_path):
             ("__pycache__/x.pyc", b""),
         ],
     )
-    with pytest.raises(RecordError, match=rf"^{path}:__pycache__/x: the sample has .pyc but no .json or .txt: add one"):
+    with pytest.raises(
+        RecordError, match=rf"^{re.escape(str(path))}:__pycache__/x: the sample has .pyc but no .json or .txt: add one"
+    ):
         list(RecordStream(path))
     with tarfile.open(path) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()[:-1]]
@@ -358,11 +363,11 @@ def test_samples_of_a_tar(tmp_path):
     assert records["4"].images[1].box == (1, 1, 4, 4)
     write_tar(path, [("1.pkl", b"\x80\x04."), ("1.png", png("red"))])
     with pytest.raises(
-        RecordError, match=f"^{path}:1: the sample has .pkl, .png but no .json or .txt; what is pickled"
+        RecordError, match=f"^{re.escape(str(path))}:1: the sample has .pkl, .png but no .json or .txt; what is pickled"
     ):
         list(RecordStream(path))
     path.write_bytes(write_tar(path, members).read_bytes()[:3000])
-    with pytest.raises(RecordError, match=f"^{path} is no tar file that can be read"):
+    with pytest.raises(RecordError, match=f"^{re.escape(str(path))} is no tar file that can be read"):
         list(RecordStream(path))
 
 

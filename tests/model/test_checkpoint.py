@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -312,7 +313,7 @@ def test_a_missing_folder_a_file_and_a_hub_id_without_a_hub(tmp_path, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "nowhere", tmp_path / "file", "nobody/no-such-ovis"):
-        with pytest.raises(CheckpointError, match=str(path)) as caught:
+        with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
             load(path)
         assert "\n" not in str(caught.value)
 
