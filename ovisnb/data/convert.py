@@ -20,6 +20,7 @@ from ovisnb.data import markup
 from ovisnb.data.boxes import Convention, checked_convention, convert_point, write_numbers
 from ovisnb.data.files import written
 from ovisnb.data.formats import read_records, write_records
+from ovisnb.data.formats.info import sets_of
 from ovisnb.data.media import Folder, folder_of, image_size, inspect_image
 from ovisnb.data.record import IMAGE, Media, Record, RecordError, Turn
 from ovisnb.data.video import frame_size
@@ -83,16 +84,15 @@ def convert_file(
     for name in (boxes, calls):
         if name is not None:
             checked_convention(name)
-    if dst.exists() and src.exists() and dst.samefile(src):
-        raise RecordError(f"{dst} is the file that is read: give another name to write to")
+    read = [src, *(data_set.path for data_set in sets_of(src))]
+    if dst.exists() and any(path.exists() and dst.samefile(path) for path in read):
+        raise RecordError(f"{dst} is one of the files that are read: give another name to write to")
     notes: list[str] = []
     count = 0
 
     def converted() -> Iterator[Record]:
         nonlocal count
         for record in read_records(src, image_folder=image_folder, format=format, template=template):
-            if dst.exists() and dst.samefile(_file_of(record, src)):
-                raise RecordError(f"{dst} is one of the files that are read: give another name to write to")
             record = convert_record(record, boxes=boxes, calls=calls, image_folder=image_folder)
             notes.extend(f"{record.where}: {note}" for note in record.notes)
             count += 1
@@ -129,26 +129,23 @@ class _Conversion:
 
     def text(self, turn: Turn, pictures: int) -> str:
         """A turn's text, before which `pictures` of the record's images stand."""
-        strict, new = turn.role in _ANSWERS, []
-        if self.boxes != self.of_boxes:
-            for region in markup.regions(turn.text):
-                if region.numbers is not None:
-                    new.append((region.start, region.end, self.region(region)))
-                elif strict and region.fault:
-                    raise RecordError(f"{region.problem}: repair it before converting")
-        if self.calls != self.of_calls:
-            for call in markup.calls(turn.text):
-                if call.numbers is not None:
-                    before = pictures + turn.text.count(IMAGE, 0, call.start)
-                    new.append((call.start, call.end, self.call(call, before)))
-                elif strict:
-                    raise RecordError(f"{call.problem}: repair it before converting")
+        found: list[markup.Region | markup.Call] = []
+        found += markup.regions(turn.text) if self.boxes != self.of_boxes else []
+        found += markup.calls(turn.text) if self.calls != self.of_calls else []
         parts, last = [], 0
-        for start, end, text in sorted(new):
-            if start < last:
-                raise RecordError(f"{markup.short(turn.text[start:end])!r} stands inside a call: repair it")
-            parts += [turn.text[last:start], text]
-            last = end
+        for one in sorted(found, key=lambda one: one.start):
+            if one.numbers is None:
+                if one.problem and turn.role in _ANSWERS:
+                    raise RecordError(f"{one.problem}: repair it before converting")
+                continue
+            if one.start < last:
+                raise RecordError(f"{markup.short(turn.text[one.start : one.end])!r} stands inside a call: repair it")
+            if isinstance(one, markup.Region):
+                new = self.region(one)
+            else:
+                new = self.call(one, pictures + turn.text.count(IMAGE, 0, one.start))
+            parts += [turn.text[last : one.start], new]
+            last = one.end
         return "".join([*parts, turn.text[last:]])
 
     def region(self, region: markup.Region) -> str:
@@ -205,12 +202,6 @@ class _Conversion:
         if media.origin not in self.sizes:
             self.sizes[media.origin] = image_size(media, self.folder)
         return self.sizes[media.origin]
-
-
-def _file_of(record: Record, src: Path) -> Path:
-    """The file that a record stands in: `src`, or one that `src` names."""
-    path = Path(record.source.rpartition(":")[0] or src)
-    return path if path.exists() else src
 
 
 def _with_files(record: Record, image_folder: Folder, pictures: str | os.PathLike[str] | None) -> Record:

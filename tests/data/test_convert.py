@@ -209,7 +209,7 @@ def test_a_file_is_not_written_over_itself(tmp_path):
     src.write_text(json.dumps(ANNOTATION))
     (tmp_path / "link.jsonl").symlink_to(src)
     for dst in (src, tmp_path / "link.jsonl"):
-        with pytest.raises(RecordError, match="is the file that is read: give another name"):
+        with pytest.raises(RecordError, match="is one of the files that are read: give another name"):
             convert_file(src, dst)
     assert json.loads(src.read_text()) == ANNOTATION
 
