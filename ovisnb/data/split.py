@@ -112,8 +112,7 @@ class _Groups:
     def __init__(self, image_folder: Folder):
         self.folder = image_folder
         self.parent = array("q")
-        self.files: dict[int, int] = {}  # number of a file -> a row with it
-        self.contents: dict[int, int] = {}
+        self.seen: dict[int, int] = {}  # number of a file, or of its bytes -> a row with it
         self.alone: dict[int, tuple[Path, int] | None] = {}  # size in bytes -> the only file of it, not yet read
 
     def add(self, pictures: Iterable[str | bytes]) -> None:
@@ -122,18 +121,14 @@ class _Groups:
         self.parent.append(row)
         for picture in pictures:
             if isinstance(picture, bytes):
-                self._join(row, self.contents.setdefault(number_of(picture), row))
+                self._meet(number_of(picture), row)
                 continue
             try:
                 path = find_file(picture, self.folder)
-                number = number_of(os.path.realpath(path))
             except MediaError:  # missing: the same name is the same picture
-                path, number = None, file_number(picture, self.folder)
-            if number in self.files:
-                self._join(row, self.files[number])
+                self._meet(file_number(picture, self.folder), row)
                 continue
-            self.files[number] = row
-            if path is not None:
+            if not self._meet(number_of(os.path.realpath(path)), row):
                 self._compare(path, row)
 
     def roots(self) -> list[int]:
@@ -149,7 +144,7 @@ class _Groups:
                 return
             first, self.alone[size] = self.alone[size], None
             for file, its in [first, (path, row)] if first else [(path, row)]:
-                self._join(its, self.contents.setdefault(number_of(file.read_bytes()), its))
+                self._meet(number_of(file.read_bytes()), its)
         except OSError:
             return  # no right to read it: its path must do
 
@@ -159,9 +154,12 @@ class _Groups:
             parent[row] = row = parent[parent[row]]
         return row
 
-    def _join(self, one: int, other: int) -> None:
-        one, other = self._root(one), self._root(other)
+    def _meet(self, number: int, row: int) -> bool:
+        """Join a row with the one that showed this picture first; whether there is one."""
+        known = number in self.seen
+        one, other = self._root(row), self._root(self.seen.setdefault(number, row))
         self.parent[max(one, other)] = min(one, other)
+        return known
 
 
 class _Rows:

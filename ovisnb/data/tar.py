@@ -56,7 +56,7 @@ class Sample(NamedTuple):
     """By "json" and "txt"."""
     pictures: dict[str, Stored]
     """By the member's name without folders, in the order of the tar."""
-    others: tuple[str, ...]
+    others: list[str]
     """The endings of other members, which are not read."""
 
 
@@ -102,14 +102,14 @@ def _samples(path: Path, size: int, changed: int) -> tuple[Sample, ...]:
                 if not stem:  # .DS_Store and the like
                     continue
                 key = f"{folder}/{stem}" if folder else stem
-                sample = found.setdefault(key, Sample(key, {}, {}, ()))
+                sample = found.setdefault(key, Sample(key, {}, {}, []))
                 stored, kind = Stored(path, member.offset_data, member.size), ending.rpartition(".")[2].lower()
                 if ending.lower() in _TEXT:
                     sample.text[ending.lower()] = stored
                 elif kind in PICTURES:
                     sample.pictures[name] = stored
                 else:
-                    found[key] = sample._replace(others=(*sample.others, ending))
+                    sample.others.append(ending)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         said = " ".join(str(error).split())
         raise RecordError(f"{path} is no tar file that can be read ({said}): replace the file") from None
@@ -121,7 +121,8 @@ def _entry(sample: Sample) -> Any:
         if stored.size > LARGEST_TEXT:
             raise RecordError(f"its .{kind} has {stored.size:,} bytes, which is no text for a picture: shorten it")
     if not sample.text:
-        has = ", ".join(f".{ending}" for ending in (*sample.others, *(_ending(name) for name in sample.pictures)))
+        endings = [*sample.others, *(name.partition(".")[2] for name in sample.pictures)]
+        has = ", ".join(f".{ending}" for ending in endings)
         pickled = any(ending.rpartition(".")[2].lower() in _PICKLED for ending in sample.others)
         advice = "; what is pickled is never loaded here: write JSON" if pickled else ": add one"
         raise RecordError(f"the sample has {has} but no .json or .txt{advice}")
@@ -143,10 +144,6 @@ def _entry(sample: Sample) -> Any:
     return entry
 
 
-def _ending(name: str) -> str:
-    return name.partition(".")[2]
-
-
 def with_pictures(entry: dict, pictures: dict[str, Stored]) -> dict:
     """An entry in the record form with the bytes of a sample's pictures in place of their names.
 
@@ -156,21 +153,15 @@ def with_pictures(entry: dict, pictures: dict[str, Stored]) -> dict:
     if not pictures or not listed:
         return entry
     listed = listed if isinstance(listed, list) else [listed]
-    paths = [path for media in listed if isinstance(path := _path(media), str)]
+    entries = [{"path": media} if isinstance(media, str) else media for media in listed]
+    shown = [media for media in entries if isinstance(media, dict) and isinstance(media.get("path"), str)]
+    paths = dict.fromkeys(media["path"] for media in shown)
     named = {path: name for path in paths if (name := path.rpartition("/")[2]) in pictures}
-    rest = iter([name for name in pictures if name not in named.values()])
-    for path in dict.fromkeys(paths):
-        if path not in named and (name := next(rest, None)) is not None:
-            named[path] = name
+    rest = (name for name in pictures if name not in set(named.values()))
+    named |= zip([path for path in paths if path not in named], list(rest))
     data = {name: pictures[name].read() for name in set(named.values())}
-    entry["image"] = [
-        {**(media if isinstance(media, dict) else {}), "path": None, "data": data[named[path]]}
-        if isinstance(path := _path(media), str) and path in named
-        else media
-        for media in listed
-    ]
+    for media in shown:
+        if media["path"] in named:
+            media |= {"path": None, "data": data[named[media["path"]]]}
+    entry["image"] = entries
     return entry
-
-
-def _path(media: Any) -> Any:
-    return media.get("path") if isinstance(media, dict) else media
