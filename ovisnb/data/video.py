@@ -167,12 +167,10 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
     codec = stream.codec_context
     if codec is None or codec.name not in CODECS:
         raise MediaError(f"{name} holds video in a codec that is not read here: convert it to H.264")
-    if not codec.width * codec.height:  # FFmpeg, too, stops at LARGEST_FRAME
-        raise MediaError(f"{name} has frames without a size, or above {LARGEST_FRAME:,} pixels: convert it")
-    if codec.width * codec.height > LARGEST_FRAME or max(codec.width, codec.height) > LONGEST_SIDE:
-        raise MediaError(
-            f"{name} has frames of {codec.width}x{codec.height} pixels, more than {LARGEST_FRAME:,} or a side above "
-            f"{LONGEST_SIDE:,}: scale it down"
+    if not 0 < codec.width * codec.height <= LARGEST_FRAME or max(codec.width, codec.height) > LONGEST_SIDE:
+        raise MediaError(  # FFmpeg gives no size where it finds one above its own limit, which is ours
+            f"{name} has frames of {codec.width}x{codec.height} pixels, which is none, above {LARGEST_FRAME:,} pixels "
+            f"or a side above {LONGEST_SIDE:,}: scale it down"
         )
     codec.options = {"max_pixels": str(LARGEST_FRAME)}  # the pictures may be larger than the header says
     codec.thread_count = 1  # data workers are many already
