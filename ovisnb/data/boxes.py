@@ -51,6 +51,16 @@ def checked(box: Sequence[float]) -> Box:
     return Box(x1, y1, x2, y2)
 
 
+def flaw(box: Sequence[float]) -> Literal["empty_box", "inverted_box"] | None:
+    """The kind of fault of four finite numbers whose corners make no box; None for a sound one and for other numbers."""
+    if len(box) != 4 or not all(math.isfinite(number) for number in box):
+        return None
+    x1, y1, x2, y2 = box
+    if x1 == x2 or y1 == y2:
+        return "empty_box"
+    return "inverted_box" if x1 > x2 or y1 > y2 else None
+
+
 def convert(box: Sequence[float], of: Convention, to: Convention, size: tuple[int, int] | None = None) -> Box:
     """`box` from one convention to another. Nothing is rounded or clipped.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ovisnb.chat import Encoded, EncodeError, encode
-from ovisnb.data.checks import problem_kind, validate
+from ovisnb.data.checks import validate
 from ovisnb.data.checks.faults import KINDS, Fault
 from ovisnb.data.checks.record import check_entry
 from ovisnb.data.formats import Options, Row, read_entries
@@ -170,7 +170,7 @@ def _checked(row: Row, path: Path, index: int, image_folder: Folder) -> tuple[Re
     """The record of a row, if it is one, and what is wrong with it, its pictures not looked at."""
     line = row.line if row.line > 0 else None  # a place in bytes
     if row.problem is not None:
-        return None, [Fault(problem_kind(row.problem), None, line, row.problem, str(path))]
+        return None, [Fault(row.error.kind, None, line, row.problem, str(path))]
     source = f"{path}:{row.line}" if line else f"{path}:@{-row.line}"
     checked = check_entry(row.entry, source=source, index=index, options=Options(path, image_folder))
     if checked.record is not None:  # of a data-info file the row of its member

@@ -11,7 +11,6 @@ numbers stay in memory, so that a file of a million lines needs some hundred meg
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections import deque
@@ -164,8 +163,7 @@ class _Checker:
     def _check(self, row: Row, checked: Checked | None, looks: list[tuple[Picture, Future[Seen]]]) -> None:
         report, before = self.report, len(self.report)
         if checked is None:
-            name, said = named(row.problem)
-            self._add(problem_kind(said), name, row.line, said)
+            self._add(row.error.kind, row.error.record_id, row.line, row.error.message)
             report.faulty += len(report) > before
             return
         report.records += 1
@@ -262,32 +260,6 @@ def control_pattern(processor=None) -> str:
     own = {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(list(processor.visual_ids.all))}
     own -= {"<image>", "<video>"}  # placeholders: what they stand for is written by the encoder
     return "|".join([*sorted(map(re.escape, filter(None, own)), key=len, reverse=True), CONTROL])
-
-
-def named(problem: str) -> tuple[str | None, str]:
-    """(the id of a row that could not be read, what is wrong with it), of the sentence that `read_entries` has for it."""
-    match = _NAMED.match(problem)
-    return (ast.literal_eval(match[1]), problem[match.end() :]) if match else (None, problem)
-
-
-_NAMED = re.compile(r"""record ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"): """)
-
-
-def problem_kind(problem: str) -> str:
-    """The kind of fault behind the sentence of a row that could not be read."""
-    for words, kind in (
-        ("not UTF-8", "not_utf8"),
-        ("JSON", "broken_json"),
-        ("no other format fits", "unknown_format"),
-        ("has no area", "empty_box"),
-        ("outside the picture", "box_outside"),
-        ("the tool call", "unreadable_box"),
-        ("the role ", "unknown_role"),
-        ("there is no picture at ", "missing_file"),
-    ):
-        if words in problem:
-            return kind
-    return "wrong_form"
 
 
 def _picture_faults(seen: list[tuple[Picture, Seen]]) -> Iterator:

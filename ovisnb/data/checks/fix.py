@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovisnb.data.checks import named, problem_kind, validate
+from ovisnb.data.checks import validate
 from ovisnb.data.checks.faults import Report, plain
 from ovisnb.data.checks.pictures import Pictures, number_of
 from ovisnb.data.checks.record import Found, check_entry
@@ -149,8 +149,8 @@ class _Work:
         options = Options(self.path)
         for index, row in enumerate(rows):
             if row.problem is not None or not isinstance(row.entry, dict):
-                name, problem = named(row.problem or "a record is an object")
-                self.left_out.add(problem_kind(problem), name, row.line, problem)
+                error = row.error or RecordError("a record is an object")
+                self.left_out.add(error.kind, error.record_id, row.line, error.message)
                 self.left_out.faulty += 1
                 continue
             checked = check_entry(row.entry, source=f"{self.path}:{row.line}", index=index, options=options)

@@ -19,7 +19,9 @@ record knows its line ("train.json:12"), and so does every error.
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from ovisnb.data.formats.grounding import COCO, REFCOCO
 from ovisnb.data.formats.info import READER as INFO
 from ovisnb.data.formats.messages import READER as MESSAGES
 from ovisnb.data.formats.records import READER as RECORDS
-from ovisnb.data.formats.records import crops_outside
+from ovisnb.data.formats.records import crops_noted
 from ovisnb.data.formats.rows import Entry, Options, Reader, Row, read_rows
 from ovisnb.data.record import Record, RecordError
 
@@ -80,7 +82,7 @@ def read_entries(
 ) -> Iterator[Row]:
     """As `read_records`, but each entry as a `Row` in the RECORD FORM, before `Record.from_dict` has checked it.
 
-    A row that cannot be read is a `Row` with a problem, and those after it follow.
+    A row that cannot be read is a `Row` with an error, and those after it follow.
     """
     rows = read_rows(path)
     reader = None if format is None else reader_of(format)
@@ -89,14 +91,8 @@ def read_entries(
 
 def to_record(entry: Mapping[str, Any], *, source: str, index: int, options: Options) -> Record:
     """The record of one entry of `read_entries`, with what its reader noted; RecordError, one sentence."""
-    known = entry if isinstance(entry, Entry) else Entry()
-    source = known.source or source
-    record = Record.from_dict(entry, source=source, index=index if known.index is None else known.index)
-    if known.notes or known.folder:
-        record = record.model_copy(update={"notes": known.notes, "folder": known.folder})
-    folder = record.folder or options.image_folder
-    outside = crops_outside(record, folder) if folder is not None and len(record.images) > 1 else ()
-    return record.model_copy(update={"notes": record.notes + outside}) if outside else record
+    record = Record.from_dict(entry, source=source, index=index)
+    return crops_noted(record, record.folder or options.image_folder)
 
 
 def reader_of(format: str) -> Reader:
@@ -137,42 +133,68 @@ def write_records(records: Iterable[Record], path: str | os.PathLike[str], *, fo
 
 
 def _records(rows: Iterator[Row], options: Options) -> Iterator[Record]:
-    for index, (line, entry, problem) in enumerate(rows):
+    for index, (line, entry, error) in enumerate(rows):
         source = f"{options.path}:{line}"
-        if problem is not None:
-            raise RecordError(f"{source}: {problem}")
+        if error is not None:
+            raise RecordError(f"{source}: {error}", kind=error.kind)
         yield to_record(entry, source=source, index=index, options=options)
 
 
 def entries_of(rows: Iterable[Row], forced: Reader | None, options: Options) -> Iterator[Row]:
     """Rows -> entries in the record form, read by `forced` or by the reader that each row's keys tell."""
     for row in rows:
-        if row.problem is not None or not isinstance(row.entry, dict):
+        if isinstance(row.error, str):
+            yield row._replace(error=_told(RecordError(row.error)))
+            continue
+        if row.error is not None or not isinstance(row.entry, dict):
             yield row  # a row that is no object is refused, in words, as a record
             continue
-        reader = forced or next((reader for reader in READERS if reader.matches(row.entry)), None)
-        if reader is None:
-            yield Row(row.line, None, _unknown(row.entry))
-            continue
         try:
+            reader = forced or _reader_for(row.entry)
             for entry in reader.entries(row.entry, options):
                 failed = isinstance(entry, RecordError)
-                yield Row(row.line, None, _named(row.entry, str(entry))) if failed else Row(row.line, entry)
+                yield Row(row.line, None, _named(_told(entry), row.entry)) if failed else Row(row.line, entry)
         except RecordError as error:
-            yield Row(row.line, None, _named(row.entry, str(error)))
+            yield Row(row.line, None, _named(_told(error), row.entry))
 
 
-def _unknown(entry: Mapping[str, Any]) -> str:
+def _told(error: RecordError) -> RecordError:
+    """An error whose kind and record are still only in its sentence."""
+    if error.record_id is None and (match := _NAMED.match(error.message)):
+        error.record_id, error.message = ast.literal_eval(match[1]), error.message[match.end() :]
+    if error.kind == "wrong_form":
+        error.kind = next((kind for words, kind in _WORDS if words in error.message), error.kind)
+    return error
+
+
+_NAMED = re.compile(r"""record ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"): """)
+_WORDS = (
+    ("not UTF-8", "not_utf8"),
+    ("JSON", "broken_json"),
+    ("has no area", "empty_box"),
+    ("outside the picture", "box_outside"),
+    ("the tool call", "unreadable_box"),
+    ("the role ", "unknown_role"),
+    ("there is no picture at ", "missing_file"),
+)
+
+
+def _reader_for(row: Mapping[str, Any]) -> Reader:
+    """The reader that the row's keys tell; RecordError if none does."""
+    for reader in READERS:
+        if reader.matches(row):
+            return reader
     forms = "; ".join(f"{reader.name} ({reader.keys})" for reader in READERS)
-    return _named(entry, f"the key `conversations` is missing, and no other format fits: a row is one of {forms}")
+    said = f"the key `conversations` is missing, and no other format fits: a row is one of {forms}"
+    raise RecordError(said, kind="unknown_format")
 
 
-def _named(entry: Mapping[str, Any], problem: str) -> str:
-    """The sentence with the row's id before it, unless it names its record already."""
-    name = entry.get("id")
-    if problem.startswith("record ") or isinstance(name, bool) or not isinstance(name, (str, int)):
-        return problem
-    return f"record {str(name)!r}: {problem}"
+def _named(error: RecordError, row: Mapping[str, Any]) -> RecordError:
+    """The error with the id of its row, unless it names its record already."""
+    name = row.get("id")
+    if error.record_id is None and isinstance(name, (str, int)) and not isinstance(name, bool):
+        error.record_id = str(name)
+    return error
 
 
 def _json_rows(records: Iterable[Record], reader: Reader) -> Iterator[bytes]:

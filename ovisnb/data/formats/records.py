@@ -9,14 +9,13 @@ picture); the words of the call stay as they were written.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ovisnb.data import boxes
 from ovisnb.data.formats.rows import Options, Reader
-from ovisnb.data.media import MediaError, folder_of, image_size
-from ovisnb.data.record import Record, RecordError
+from ovisnb.data.media import Folder, MediaError, folder_of, image_size
+from ovisnb.data.record import Note, Record, RecordError
 
 
 def matches(entry: Any) -> bool:
@@ -38,14 +37,15 @@ def rows(records: Iterable[Record]) -> Iterator[dict]:
     return (record.to_dict() for record in records)
 
 
-def crops_outside(record: Record, image_folder: str | os.PathLike[str]) -> tuple[str, ...]:
-    """One sentence for each crop that reaches outside its picture; pictures that cannot be read say nothing here.
+def crops_noted(record: Record, image_folder: Folder) -> Record:
+    """The record with a note for each crop that reaches outside its picture; without an `image_folder`, as it is.
 
-    RecordError, naming the record, for a crop of which nothing lies inside.
+    Pictures that cannot be read say nothing here. RecordError for a crop of which nothing lies inside.
     """
     notes = []
     sizes: dict[str, tuple[int, int] | None] = {}
-    for number, media in enumerate(record.images, start=1):
+    crops = enumerate(record.images if image_folder is not None and len(record.images) > 1 else [], start=1)
+    for number, media in crops:
         if media.box is None or media.path is None:
             continue
         if media.path not in sizes:
@@ -53,20 +53,19 @@ def crops_outside(record: Record, image_folder: str | os.PathLike[str]) -> tuple
                 sizes[media.path] = image_size(media.whole, folder_of(record, image_folder))
             except MediaError:
                 sizes[media.path] = None  # opening it says why
-        size = sizes[media.path]
-        if size is None:
+        if (size := sizes[media.path]) is None:
             continue
         box = boxes.convert(media.box, media.coordinates, "pixels", size)
         inside = boxes.clip(box, size)
         told = f"image {number}: the box {list(media.box)} ({media.coordinates})"
+        picture = f"the picture of {size[0]}x{size[1]} pixels"
         if boxes.area(inside) <= 0:
-            raise RecordError(
-                f"{record.where}: {told} lies outside the picture of {size[0]}x{size[1]} pixels: correct it"
-            )
+            error = RecordError(f"{told} lies outside {picture}: correct it", kind="box_outside")
+            raise error.of(record.id, record.source)
         if any(abs(a - b) > 0.01 for a, b in zip(inside, box)):  # what rounding can do is no mistake
             cut = ", ".join(boxes.write_numbers(inside, "pixels"))
-            notes.append(f"{told} reaches outside the picture of {size[0]}x{size[1]} pixels: only [{cut}] is cut out")
-    return tuple(notes)
+            notes.append(Note(f"{told} reaches outside {picture}: only [{cut}] is cut out", "box_outside"))
+    return record.model_copy(update={"notes": (*record.notes, *notes)}) if notes else record
 
 
 READER = Reader("records", "conversations", matches, entries, rows)

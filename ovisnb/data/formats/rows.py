@@ -1,6 +1,6 @@
 """The rows of a data file, whatever they hold, and what a reader of a format is.
 
-    for line, entry, problem in read_rows("train.jsonl"): ...
+    for line, entry, error in read_rows("train.jsonl"): ...
 
 Told apart by what is in the file, not by its name:
 
@@ -11,7 +11,7 @@ Told apart by what is in the file, not by its name:
 - parquet: one row a row.
 
 JSON is UTF-8, with or without a byte order mark; blank lines are skipped. A broken row becomes a
-`Row` with a problem and the rows after it follow: the next line of JSON lines, or in a list the next
+`Row` with an error and the rows after it follow: the next line of JSON lines, or in a list the next
 line that starts an entry where the broken one started.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ovisnb.data.files import LINES_SUFFIXES
-from ovisnb.data.record import FIELDS, Record, RecordError
+from ovisnb.data.record import FIELDS, Entry, Record, RecordError
 
 _BOM = b"\xef\xbb\xbf"
 _BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -37,11 +37,16 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of byte
 
 
 class Row(NamedTuple):
-    """One row of a file: `entry` is what it holds, or None if there is a `problem` (one sentence without the place)."""
+    """One row of a file: `entry` is what it holds, or None if there is an `error`, which lacks file and line."""
 
     line: int
     entry: Any | None
-    problem: str | None = None
+    error: RecordError | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """The sentence of `error`."""
+        return None if self.error is None else str(self.error)
 
 
 @dataclass(frozen=True)
@@ -53,19 +58,6 @@ class Options:
     image_folder: str | os.PathLike[str] | None = None
     template: str | None = None
     """The question that goes with a caption; None for the format's own."""
-
-
-class Entry(dict):
-    """The RECORD FORM (the keys of `Record.from_dict`), and what else a reader knows about it."""
-
-    notes: tuple[str, ...] = ()
-    """One sentence for each thing that reading changed."""
-    folder: str | None = None
-    """The image folder of its own."""
-    source: str | None = None
-    """Where it comes from, if not from this row's file and line ("other.json:12")."""
-    index: int | None = None
-    """Its number in `source`, which names a record without an id."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class Reader:
     """What a row holds, for the sentence about a row that nothing reads: "conversations"."""
     matches: Callable[[Any], bool]
     """Whether a row (any JSON value) is of this format; looks at its keys only."""
-    entries: Callable[[Any, Options], Iterator[dict | RecordError]]
+    entries: Callable[[Any, Options], Iterator[Entry | dict | RecordError]]
     rows: Callable[[Iterable[Record]], Iterator[dict]] | None = None
     """Records -> rows of this format, if it can be written; RecordError for a record that it cannot hold."""
     choose: Callable[[str], Reader] | None = None
@@ -89,7 +81,7 @@ class Reader:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of a data file, in order, broken ones as a `Row` with a problem.
+    """The rows of a data file, in order, broken ones as a `Row` with an error.
 
     Raises RecordError for a file that is missing (at once), empty, or cannot be read at all.
     """
@@ -105,7 +97,8 @@ def _rows(path: Path) -> Iterator[Row]:
         parquet = start == _PARQUET
         file.seek(0)
         if start.startswith(_BOMS_16):
-            yield Row(1, None, "not UTF-8 but UTF-16, by its first bytes: save the file as UTF-8")
+            said = "not UTF-8 but UTF-16, by its first bytes: save the file as UTF-8"
+            yield Row(1, None, RecordError(said, kind="not_utf8"))
             return
         if not parquet:
             yield from line_rows(file) if is_lines(file, path) else _document_rows(file, path)
@@ -143,7 +136,7 @@ def line_rows(file: Iterable[bytes]) -> Iterator[Row]:
         try:
             entry = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            yield Row(number, None, _sentence(error))
+            yield Row(number, None, _broken(error))
             continue
         conversations = entry.get("conversations") if isinstance(entry, dict) else None
         if isinstance(conversations, list) and conversations and _is_record(conversations[0]):
@@ -159,13 +152,20 @@ def _document_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
     text = data.decode("utf-8", errors="surrogateescape")
     del data  # a data file can be large, and this would be its second copy
     line, counted = 1, 0
-    for start, where, entry, problem in _Document(text).rows():
-        line, counted = line + text.count("\n", counted, start), max(start, counted)
-        yield Row(line + text.count("\n", start, where), entry, problem)
+    for found in _Document(text).rows():
+        line, counted = line + text.count("\n", counted, found.start), max(found.start, counted)
+        yield Row(line + text.count("\n", found.start, found.place), found.entry, found.error)
 
 
-_Found = tuple[int, int, Any, str | None]  # where an entry starts, where its problem is, the entry, its problem
-_UNREAD = "; what follows it in the file was not read"
+class _Found(NamedTuple):
+    """An entry of a document, or the error in its stead."""
+
+    start: int
+    """The character it starts at."""
+    place: int
+    """The character that its line is told by: `start`, or where the error is."""
+    entry: Any | None
+    error: RecordError | None = None
 
 
 class _Document:
@@ -189,7 +189,7 @@ class _Document:
                 raise json.JSONDecodeError("Extra data", text, end)
         except (ValueError, RecursionError) as error:
             position = error.pos if isinstance(error, json.JSONDecodeError) else 0
-            yield position, position, None, _sentence(error)
+            yield _Found(position, position, None, _broken(error))
 
     def list(self, start: int) -> Generator[_Found, None, int | None]:
         """The entries of the list at `start`; returns its end, or None if that was not found.
@@ -204,7 +204,7 @@ class _Document:
         next_start = _starts(text, position)
         piece, first, last = text, 0, len(text)
         whole = True
-        while True:
+        while position is not None:
             if position >= last and not whole:
                 first, last = position, next_start(position) or len(text)
                 piece = text[first:last]
@@ -216,35 +216,33 @@ class _Document:
                     whole, last = False, position  # once more, in pieces: the problem is then where it begins
                     continue
                 following = next_start(position)
-                yield position, *self.problem(error, position, first, following)
-                if following is None:
-                    return None
+                yield self.broken(error, position, first, following)
                 position = following
                 continue
-            bad = self.escaped and _ESCAPED.search(text, position, end)
-            yield (position, bad.start(), None, _not_utf8(bad[0])) if bad else (position, position, entry, None)
+            yield self.found(position, entry, end)
             end = _skip(text, end)
             if text.startswith("]", end):
                 return _skip(text, end + 1)
             if text.startswith(",", end):
                 position = _skip(text, end + 1)
                 continue
-            following = end if text.startswith("{", end) else next_start(end)
-            yield (
-                end,
-                *self.problem(json.JSONDecodeError("Expecting ',' delimiter", "", end - first), end, first, following),
-            )
-            if following is None:
-                return None
-            position = following
+            position = end if text.startswith("{", end) else next_start(end)
+            yield self.broken(json.JSONDecodeError("Expecting ',' delimiter", "", end - first), end, first, position)
+        return None
 
-    def problem(self, error: Exception, position: int, first: int, following: int | None) -> tuple[int, None, str]:
-        """(where, no entry, the sentence) for an entry at `position`, read from a piece that begins at `first`."""
-        where, sentence = position, _sentence(error)
+    def found(self, start: int, entry: Any, end: int | None = None) -> _Found:
+        """The entry read from `start` to `end`, unless bytes in there are not UTF-8."""
+        bad = self.escaped and _ESCAPED.search(self.text, start, len(self.text) if end is None else end)
+        return _Found(start, bad.start(), None, _not_utf8(ord(bad[0]) & 0xFF)) if bad else _Found(start, start, entry)
+
+    def broken(self, error: Exception, start: int, first: int, following: int | None) -> _Found:
+        """The error of an entry at `start`, read from a piece that begins at `first`; the next one is at `following`."""
+        place, column = start, None
         if isinstance(error, json.JSONDecodeError):
-            where = first + error.pos
-            sentence = _broken(where - self.text.rfind("\n", 0, where), error.msg)
-        return where, None, sentence if following else sentence + _UNREAD
+            place = first + error.pos
+            column = place - self.text.rfind("\n", 0, place)
+        lost = "" if following else "; what follows it in the file was not read"
+        return _Found(start, place, None, _broken(error, column, lost))
 
     def object(self, start: int) -> Generator[_Found, None, int | None]:
         """The entries under "conversations" if they are records, else the object itself as the entry."""
@@ -266,8 +264,7 @@ class _Document:
             position = _expect(",", text, position)
         end = _expect("}", text, position)
         if not wrapper:
-            bad = self.escaped
-            yield (start, bad.start(), None, _not_utf8(bad[0])) if bad else (start, start, entry, None)
+            yield self.found(start, entry)
         return end
 
 
@@ -308,19 +305,18 @@ def _expect(character: str, text: str, position: int) -> int:
     return _skip(text, position + 1)
 
 
-def _broken(column: int, message: str) -> str:
-    return f"broken JSON at column {column} ({message}): repair or drop this line"
-
-
-def _not_utf8(character: str) -> str:
-    return f"not UTF-8 (byte 0x{ord(character) & 0xFF:02x}): save the file as UTF-8"
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return _broken(error.colno, error.msg)
+def _broken(error: Exception, column: int | None = None, lost: str = "") -> RecordError:
+    """What decoding or parsing raised, as the error of a row; `column` is counted in the file's own line."""
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8"
-    if isinstance(error, RecursionError):
-        return "JSON nested too deeply to read: flatten this record"
-    return f"JSON that cannot be read ({error}): repair or drop this line"
+        return _not_utf8(error.object[error.start])
+    if isinstance(error, json.JSONDecodeError):
+        said = f"broken JSON at column {column or error.colno} ({error.msg}): repair or drop this line"
+    elif isinstance(error, RecursionError):
+        said = "JSON nested too deeply to read: flatten this record"
+    else:
+        said = f"JSON that cannot be read ({error}): repair or drop this line"
+    return RecordError(said + lost, kind="broken_json")
+
+
+def _not_utf8(byte: int) -> RecordError:
+    return RecordError(f"not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8", kind="not_utf8")
