@@ -15,13 +15,14 @@ import traitlets
 
 from ovisnb.data.record import Record
 
-from .data import show_faults, show_record, words
-from .html import FONT, MUTED, Html
+from .data import show_faults, show_record
+from .html import FONT, MUTED, Html, words
 from .pieces import one_line
 from .shelf import Shelf
 
 KINDS = 16  # kinds that the static form shows; the most frequent
 CHOICES = 200  # kinds that the controls offer
+ALL = ""  # the choice of no filter; with None a list of ipywidgets has nothing chosen and stands there blank
 
 
 def browse(shelf: Shelf | Sequence[Record], image_folder=None, *, interactive: bool = False, cards: int = 3):
@@ -79,20 +80,20 @@ class Browser(widgets.VBox):
     @property
     def kind(self) -> str | None:
         """The kind of record that is shown; None for all. ValueError for one that is not offered."""
-        return self._kind.value
+        return self._kind.value or None
 
     @kind.setter
     def kind(self, name: str | None) -> None:
-        self._kind.value = name
+        self._kind.value = name or ALL
 
     @property
     def problem(self) -> str | None:
         """The kind of problem that is shown; None for records with and without."""
-        return self._problem.value
+        return self._problem.value or None
 
     @problem.setter
     def problem(self, name: str | None) -> None:
-        self._problem.value = name
+        self._problem.value = name or ALL
 
     @traitlets.validate("position")
     def _among_places(self, proposal) -> int:
@@ -136,7 +137,7 @@ class Browser(widgets.VBox):
 
 
 def _dropdown(name: str, all_of_them: str, total: int, counts: dict[str, int]) -> widgets.Dropdown:
-    options = [(f"{all_of_them} ({total:,})", None)]
+    options = [(f"{all_of_them} ({total:,})", ALL)]
     options += [(f"{one_line(choice, 60)} ({count:,})", choice) for choice, count in counts.items()]
     return widgets.Dropdown(options=options, description=name, layout={"width": "320px"})
 
@@ -157,6 +158,6 @@ def _section(shelf: Shelf, name: str, places: Sequence[int], cards: int, *, unfo
     count += f", the first {cards}" if len(places) > cards else ""
     shown = "".join(str(card(shelf, place)) for place in places[:cards])
     return (
-        f'<details{" open" if unfolded else ""} style="margin:4px 0"><summary style="cursor:pointer"><b><bdi>'
-        f'{words(name, 60)}</bdi></b> <span style="{MUTED}">{count}</span></summary>{shown}</details>'
+        f'<details{" open" if unfolded else ""} style="margin:4px 0"><summary style="cursor:pointer"><b>'
+        f'{words(name, 60)}</b> <span style="{MUTED}">{count}</span></summary>{shown}</details>'
     )

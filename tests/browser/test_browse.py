@@ -64,6 +64,11 @@ def words(text: str) -> str:
     return " ".join(text.split())  # ipywidgets writes spaces that do not break
 
 
+def chosen(notebook) -> list[str]:
+    """What the lists show."""
+    return [words(text) for text in notebook.output(0).locator("option:checked").all_inner_texts()]
+
+
 def shown(notebook) -> str:
     return notebook.output(0).inner_text()
 
@@ -71,6 +76,7 @@ def shown(notebook) -> str:
 def test_next_and_previous_show_another_card_and_python_knows_which(at_work):
     area = at_work.output(0)
     area.get_by_text("1 of 6").wait_for()
+    assert chosen(at_work) == ["all kinds (6)", "with or without (6)"]
     assert "find-0" in shown(at_work) and area.locator("img").count() == 1
     area.get_by_role("button", name="next").click()
     area.get_by_text("2 of 6").wait_for()
@@ -130,6 +136,7 @@ def test_python_moves_the_controls(at_work):
     at_work.value("setattr(browser, 'kind', None)")
     at_work.value("setattr(browser, 'position', 3)")
     area.get_by_text("4 of 6").wait_for()
+    assert chosen(at_work) == ["all kinds (6)", "with or without (6)"]
     area.get_by_text("count-3", exact=True).wait_for()
     at_work.unharmed()
 
