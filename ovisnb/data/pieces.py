@@ -82,8 +82,11 @@ def files_of(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
     """The files that paths or patterns name, in order; RecordError for a pattern that names none."""
     files = []
     for text in map(os.fspath, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        pattern = glob.has_magic(text) and not os.path.exists(text)
-        found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True))) if pattern else [text]
+        folder = next(filter(os.path.isdir, Path(text).parents), Path())  # it is there: its name is no pattern
+        names = str(Path(text).relative_to(folder))
+        pattern = glob.has_magic(names) and not os.path.exists(text)
+        named = glob.glob(os.path.join(glob.escape(str(folder)), names), recursive=True) if pattern else [text]
+        found = sorted(filter(os.path.isfile, named)) if pattern else named
         if not found:
             raise RecordError(f"no file has a name like {text}: correct the pattern")
         files += map(Path, found)

@@ -238,6 +238,18 @@ def test_row_groups_that_were_read_are_not_read_again(tmp_path, monkeypatch):
     assert len(list(stream)) == 95 and sum(read) == 100
 
 
+def test_a_folder_may_have_a_name_like_a_pattern(tmp_path):
+    folder = tmp_path / "set [v2]*"
+    folder.mkdir()
+    files = [write_lines(folder / f"{name}.jsonl", [row(name)]) for name in "ab"]
+    assert pieces.files_of(folder / "*.jsonl") == pieces.files_of(tmp_path / "**" / "?.jsonl") == files
+    assert pieces.files_of(files[0]) == files[:1]
+    with pytest.raises(RecordError, match="no file has a name like"):
+        RecordStream(folder / "none-*.jsonl")
+    with pytest.raises(RecordError, match="there is no data file at"):
+        RecordStream(folder / "none.jsonl")
+
+
 def test_errors_name_file_and_line(tmp_path):
     path = write_lines(tmp_path / "some.jsonl", [row(n) for n in range(30)])
     lines = path.read_text().splitlines()
