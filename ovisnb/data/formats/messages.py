@@ -134,14 +134,18 @@ class _Media:
 
     def settle(self, turns: list[_Turn]) -> None:
         """See that all of the columns have a place; where no part gives one, the text or the first user message does."""
+        first = next((turn for turn in turns if turn.role == "human"), None)
         for kind, waiting in self.waiting.items():
-            if not self.by_part:
-                _place_column(turns, kind, len(waiting))
-                self.placed[kind] = waiting
-            elif self.taken[kind] < len(waiting) and not (kind == "image" and self.by_index):
-                raise RecordError(
-                    f"`{kind}s` has {len(waiting)} but the parts place {self.taken[kind]}: place them all"
-                )
+            count, taken, placeholder = len(waiting), self.taken[kind], _PLACEHOLDERS[kind]
+            if self.by_part and taken < count and not (kind == "image" and self.by_index):
+                raise RecordError(f"`{kind}s` has {count} but the parts place {taken}: place them all")
+            if self.by_part:
+                continue
+            self.placed[kind] = waiting
+            if count and not any(_has_whole(turn.text, placeholder) for turn in turns):
+                if first is None:
+                    raise RecordError(f"`{kind}s` has {count} but there is no user message to put them in")
+                first.text = f"{placeholder}\n" * count + first.text
         if (count := len(self.placed["video"])) > 1:
             raise RecordError(f"the row has {count} videos, and a record has one: split it")
 
@@ -168,16 +172,6 @@ def _medium(kind: str, value: Any) -> Any:
     if kind == "video" and isinstance(found, dict) and found.get("bytes") is not None:
         raise RecordError("a video in the row itself is not read: save it as a file and give its path")
     return found
-
-
-def _place_column(turns: list[_Turn], kind: str, count: int) -> None:
-    """Put what no part places before the first user message, unless the text says where it goes."""
-    if not count or any(_has_whole(turn.text, _PLACEHOLDERS[kind]) for turn in turns):
-        return
-    first = next((turn for turn in turns if turn.role == "human"), None)
-    if first is None:
-        raise RecordError(f"`{kind}s` has {count} but there is no user message to put them in")
-    first.text = f"{_PLACEHOLDERS[kind]}\n" * count + first.text
 
 
 def _messages(row: dict) -> tuple[tuple[str, ...], list[_Message]]:
@@ -259,7 +253,11 @@ def _parts(message: dict, media: _Media) -> list[tuple[str, str]]:
     if isinstance(content, str):
         parts.append(("text", content))
     elif isinstance(content, (list, tuple)):
-        parts += [_part(part, number, media) for number, part in enumerate(content, start=1)]
+        for number, part in enumerate(content, start=1):
+            try:
+                parts.append(_part(part, media))
+            except RecordError as error:
+                raise RecordError(f"part {number}: {error}") from None
     elif content is not None:
         raise RecordError(f"its `content` is text or a list of parts, not {short(content)}")
     calls = message.get("tool_calls") or []
@@ -283,21 +281,17 @@ def _kind_of(part: Any) -> str | None:
     return _KINDS.get(said) if isinstance(said, str) else None
 
 
-def _part(part: Any, number: int, media: _Media) -> tuple[str, str]:
-    kind = _kind_of(part)
+def _part(part: Any, media: _Media) -> tuple[str, str]:
     if not isinstance(part, dict):
-        raise RecordError(f"part {number} is not of the form {{'type': 'text', 'text': ...}}")
+        raise RecordError("it is not of the form {'type': 'text', 'text': ...}")
+    kind, text = _kind_of(part), part.get("text")
     if kind is None:
-        raise RecordError(f"part {number} has the type {short(part.get('type'))}: use text, image or video")
+        raise RecordError(f"it has the type {short(part.get('type'))}: use text, image or video")
     if kind != "text":
-        try:
-            return kind, media.place(kind, part)
-        except RecordError as error:
-            raise RecordError(f"part {number}: {error}") from None
-    text = part.get("text")
+        return kind, media.place(kind, part)
     if not isinstance(text, str):
-        raise RecordError(f"part {number} is of type text but its `text` is {short(text)}")
-    return "text", text
+        raise RecordError(f"it is of type text but its `text` is {short(text)}")
+    return kind, text
 
 
 def _tool_answer(parts: list[tuple[str, str]]) -> str:
