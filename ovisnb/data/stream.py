@@ -108,8 +108,13 @@ class RecordStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; RecordError if that was another part, or of other data."""
-        for name, what in _IDENTITY.items():
-            if state[name] != self._identity()[name]:
+        known = self._identity()
+        for name, what in (
+            ("data", "the data files changed, or what they are read with,"),
+            ("seed", "the seed changed"),
+            ("shard", "the number of processes or of their workers changed"),
+        ):
+            if state[name] != known[name]:
                 raise RecordError(f"the stream cannot continue: {what} since its state was taken; start anew")
         self.epoch, self.drawn = state["epoch"], state["drawn"]
         for source, (epoch, ended, position) in zip(self.sources, state["sources"], strict=True):
@@ -127,13 +132,6 @@ class RecordStream:
         return source
 
 
-_IDENTITY = {
-    "data": "the data files changed, or what they are read with,",
-    "seed": "the seed changed",
-    "shard": "the number of processes or of their workers changed",
-}
-
-
 class _Source:
     """Files that are shuffled together, and where their stream stands."""
 
@@ -145,41 +143,40 @@ class _Source:
         self.epoch, self.ended = 0, False
         self.position: dict | None = None
         """What datasets says of where it stands; None at the start of an epoch."""
-        self.examples: Iterator[dict] | None = None
-        self.mine, self.empty = 0, 0
+        self.share = 0.0
+        """How much of the epoch's pieces has been read."""
+        self.examples: Iterator[tuple[File, Example]] | None = None
+        self.empty = 0
 
     def next(self, stream: RecordStream) -> tuple[File, Example] | None:
         """The next example, or None at the end of an epoch; after it the next epoch begins."""
-        if self.examples is None:
-            self._open(stream)
+        self.examples = self.examples or self._epoch(stream)
         found = next(self.examples, None)
         if found is not None:
-            self.position, self.empty = self.dataset.state_dict()["examples_iterable"], 0
-            return self.files[found["file"][0]], found["example"][0]
-        self.examples, self.position = None, None
+            self.empty = 0
+            return found
+        self.examples, self.position, self.share = None, None, 0.0
         self.epoch, self.ended, self.empty = self.epoch + 1, True, self.empty + 1
         if self.empty > 10 * stream.count:  # in so many epochs every piece has been everyone's
             raise RecordError(f"{self.files[0].path} and what is read with it hold no record: leave them out")
         return None
 
-    @property
-    def share(self) -> float:
-        """How much of the epoch's pieces has been read."""
-        return self.position["shard_idx"] / self.mine if self.position and self.mine else 0.0
-
-    def _open(self, stream: RecordStream) -> None:
+    def _epoch(self, stream: RecordStream) -> Iterator[tuple[File, Example]]:
+        """The examples of the epoch from `position` on, which moves with them."""
         from datasets import IterableDataset
 
         pieces = list(self.pieces)
         Random(f"{stream.seed} {self.epoch}").shuffle(pieces)
         # whose turn it is moves on, so that of too few pieces everyone has one in some epoch
         mine = [tuple(piece) for piece in pieces[(stream.index - self.epoch) % stream.count :: stream.count]]
-        self.mine = len(mine)
         arguments = {"pieces": mine, "files": self.files, "order": (stream.seed, self.epoch)}
-        self.dataset = IterableDataset.from_generator(_examples, gen_kwargs=arguments)
+        dataset = IterableDataset.from_generator(_examples, gen_kwargs=arguments)
         if self.position is not None:
-            self.dataset.load_state_dict({"examples_iterable": self.position, "epoch": 0})
-        self.examples = self.dataset.iter(batch_size=1)  # unlike iter(), the same in a DataLoader's worker
+            dataset.load_state_dict({"examples_iterable": self.position, "epoch": 0})
+        for found in dataset.iter(batch_size=1):  # unlike iter(), the same in a DataLoader's worker
+            self.position = dataset.state_dict()["examples_iterable"]
+            self.share = self.position["shard_idx"] / len(mine)
+            yield self.files[found["file"][0]], found["example"][0]
 
 
 def _examples(pieces: list[tuple], files: tuple[File, ...], order: tuple[int, int]) -> Iterator[dict[str, Any]]:
