@@ -32,6 +32,7 @@ from PIL import Image
 from ovisnb.data.files import written
 from ovisnb.data.formats.parts import present
 from ovisnb.data.formats.rows import Row
+from ovisnb.data.media import reason
 from ovisnb.data.record import RecordError
 
 PICTURES = ("image", "images", "video", "videos")
@@ -53,7 +54,7 @@ def parquet_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise RecordError(f"{path} is no parquet file that can be read ({_reason(error)}): write it anew") from None
+        raise RecordError(f"{path} is no parquet file that can be read ({reason(error)}): write it anew") from None
     with file:
         line = 0
         for number, group in enumerate(groups):
@@ -63,7 +64,7 @@ def parquet_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
                         line += 1
                         yield Row(line, entry, problem)
             except (pa.ArrowException, OSError, ValueError) as error:
-                problem = f"the table is damaged from here on ({_reason(error)}): write the file anew"
+                problem = f"the table is damaged from here on ({reason(error)}): write the file anew"
                 yield Row(line + 1, None, problem)
                 return
 
@@ -87,7 +88,7 @@ def write_parquet(rows: Iterable[dict[str, Any]], path: str | os.PathLike[str]) 
             raise
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise RecordError(
-                f"these rows are no table ({_reason(error)}): give each key values of one type, or write JSON lines"
+                f"these rows are no table ({reason(error)}): give each key values of one type, or write JSON lines"
             ) from None
 
 
@@ -104,7 +105,7 @@ def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
         try:
             yield _entry(batch.slice(number, 1).to_pylist()[0]), None
         except (pa.ArrowException, ValueError, OverflowError) as error:
-            yield None, f"a cell that cannot be read ({_reason(error)}): repair or drop this row"
+            yield None, f"a cell that cannot be read ({reason(error)}): repair or drop this row"
 
 
 def _entry(row: dict[str, Any]) -> dict[str, Any]:
@@ -209,8 +210,3 @@ def _features(fields: Iterable[pa.Field]) -> dict[str, str]:
         elif field.name in PICTURES and field.type == pa.list_(_PICTURE):
             features[field.name] = {"feature": {"_type": "Image"}, "_type": "List"}
     return {"huggingface": json.dumps({"info": {"features": features}})} if features else {}
-
-
-def _reason(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return said if len(said) <= 200 else f"{said[:200]}..."
