@@ -138,8 +138,9 @@ def check_parameters() -> None:
     if injected is None:
         return
     cells = reversed(history[:injected])
-    declarations = next((cell for cell in cells if _only_assigns(cell) and not _is_injected(cell)), "")
-    check_values(declared(declarations), _assigned(history[injected]))
+    declarations = next((cell for cell in cells if _assignments(cell) and not _is_injected(cell)), "")
+    values = {given.targets[0].id: _literal(given.value) for given in _assignments(history[injected])}
+    check_values(declared(declarations), values)
 
 
 def _misfit(parameter: Parameter, value: Any) -> str:
@@ -172,33 +173,25 @@ def _word(text: str) -> Any:
     return text
 
 
-def _statements(cell: str) -> list[ast.stmt]:
+def _assignments(cell: str) -> list[ast.Assign | ast.AnnAssign]:
+    """The statements of a cell that is nothing but assignments to names, and strings; none of any other cell."""
     try:
-        return ast.parse(cell).body
+        statements = ast.parse(cell).body
     except SyntaxError:
         return []
-
-
-def _only_assigns(cell: str) -> bool:
-    """Whether a cell is a parameters cell by its looks: assignments to names, and nothing else but strings."""
-    statements = _statements(cell)
-    plain = [s for s in statements if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return bool(plain) and all(
-        isinstance(s, ast.AnnAssign) or (isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name))
-        for s in plain
-    )
+    found = []
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name()]) | ast.AnnAssign(target=ast.Name()):
+                found.append(statement)
+            case ast.Expr(value=ast.Constant()):
+                continue
+            case _:
+                return []
+    return found
 
 
 def _is_injected(cell: str) -> bool:
     """Whether papermill wrote this cell: its heading, then assignments without types."""
-    lines = cell.splitlines()
-    return bool(lines) and lines[0].strip() == _INJECTED and all(isinstance(s, ast.Assign) for s in _statements(cell))
-
-
-def _assigned(cell: str) -> dict[str, Any]:
-    """Name -> value of the plain assignments in an injected cell."""
-    return {
-        statement.targets[0].id: _literal(statement.value)
-        for statement in _statements(cell)
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-    }
+    heading = cell.partition("\n")[0].strip() == _INJECTED
+    return heading and all(isinstance(statement, ast.Assign) for statement in _assignments(cell))
