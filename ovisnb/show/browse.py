@@ -8,7 +8,9 @@ Both show the same cards. With controls a card is made when it is looked at, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 import traitlets
@@ -43,6 +45,17 @@ def card(shelf: Shelf, position: int) -> Html:
     return show_record(item, shelf.image_folder, faults=shelf.faults_at(position))
 
 
+def _alone(method: Callable) -> Callable:
+    """One at a time: JupyterLab has clicks handled in a thread of their own, also while a cell runs."""
+
+    @functools.wraps(method)
+    def alone(self, *some):
+        with self._lock:
+            return method(self, *some)
+
+    return alone
+
+
 class Browser(widgets.VBox):
     """Cards with controls: two filters, back and on, and a slider.
 
@@ -56,6 +69,7 @@ class Browser(widgets.VBox):
 
     def __init__(self, shelf: Shelf):
         self.shelf = shelf
+        self._lock = threading.RLock()
         kinds = list(shelf.kinds.items())[:CHOICES]
         self._kind = _dropdown("kind", "all kinds", len(shelf), {name: len(places) for name, places in kinds})
         problems = {name: len(places) for name, places in shelf.problems.items()}
@@ -104,14 +118,17 @@ class Browser(widgets.VBox):
         return proposal["value"]
 
     @traitlets.observe("position")
+    @_alone
     def _follow(self, change) -> None:
         if change["new"] is not None:
             self._slider.value = self._places.index(change["new"]) + 1
 
+    @_alone
     def go(self, steps: int) -> None:
         """Go `steps` further among what the filters leave, not beyond its ends."""
         self._slider.value += steps  # the slider keeps within its ends
 
+    @_alone
     def _filter(self) -> None:
         self._places = self.shelf.chosen(self.kind, self.problem)
         with self._slider.hold_trait_notifications():
@@ -121,6 +138,7 @@ class Browser(widgets.VBox):
             control.disabled = len(self._places) < 2
         self._show()
 
+    @_alone
     def _show(self) -> None:
         if not len(self._places):
             self.position = self.item = self._shown = None

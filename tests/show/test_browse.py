@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -150,6 +151,27 @@ def test_cards_are_made_when_they_are_looked_at():
     browser = browse(Records(), interactive=True)
     browser.go(54_321)
     assert browser.item.id == "54321" and set(made) == {0, 54_321}
+
+
+def test_a_click_while_a_cell_runs(shelf, monkeypatch):
+    browser = browse(shelf, interactive=True)
+    drawing, done = threading.Event(), threading.Event()
+
+    def slowly(*some):
+        if threading.current_thread() is click:
+            drawing.set()
+            done.wait(0.5)
+        return card(*some)
+
+    monkeypatch.setitem(browse.__globals__, "card", slowly)
+    click = threading.Thread(target=browser.go, args=[5])  # JupyterLab has clicks handled in a thread of their own
+    click.start()
+    assert drawing.wait(60)
+    browser.kind = "b"
+    done.set()
+    click.join()
+    assert (browser.position, browser.item.id) == (1, "b0")
+    assert "1 of 4" in browser._said.value and "answer of b0" in browser._card.value
 
 
 def test_of_a_hostile_set_every_card_is_made_of_text(tmp_path):
