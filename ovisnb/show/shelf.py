@@ -21,7 +21,7 @@ from ovisnb.chat import Encoded, EncodeError, encode
 from ovisnb.data.checks import validate
 from ovisnb.data.checks.faults import KINDS, Fault
 from ovisnb.data.checks.record import check_entry
-from ovisnb.data.formats import Options, Row, read_entries
+from ovisnb.data.formats import Row, read_entries
 from ovisnb.data.formats.rows import is_lines
 from ovisnb.data.media import Folder
 from ovisnb.data.record import Record, RecordError
@@ -172,7 +172,7 @@ def _checked(row: Row, path: Path, index: int, image_folder: Folder) -> tuple[Re
     if row.problem is not None:
         return None, [Fault(row.error.kind, None, line, row.problem, str(path))]
     source = f"{path}:{row.line}" if line else f"{path}:@{-row.line}"
-    checked = check_entry(row.entry, source=source, index=index, options=Options(path, image_folder))
+    checked = check_entry(row.entry, source=source, index=index, image_folder=image_folder)
     if checked.record is not None:  # of a data-info file the row of its member
         source = checked.record.source
     file, _, line = source.rpartition(":")

@@ -131,6 +131,12 @@ def test_a_box_of_several_pictures_may_lie_in_any_and_a_turned_one_counts_as_see
     assert "60x80 pixels" in next(iter(check.report)).message
 
 
+def test_a_broken_turn_does_not_shift_the_numbers_of_the_next(check):
+    turns = [{"from": "human"}, {"from": "gpt", "value": "<tool_call>Crop [1,2,3,4]</tool_call><image>"}]
+    assert kinds(check({"conversations": turns})) == ["wrong_form", "placeholder_count"]
+    assert "turn 2: there is no picture before the call" in next(check.report.of("placeholder_count")).message
+
+
 def test_prompts_that_describe_tags_are_not_faults(check):
     system = "Write <box>(x1,y1),(x2,y2)</box>, call between <tool_call> and </tool_call>, and put it in <answer>."
     entry = {"conversations": [{"from": "system", "value": system}, *talk("Hi", "<answer>a</answer>")["conversations"]]}

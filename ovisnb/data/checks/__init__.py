@@ -21,11 +21,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ovisnb.data.checks.faults import Report, plain
+from ovisnb.data.checks.faults import OfTwo, Report, plain
 from ovisnb.data.checks.pictures import Pictures, Seen
 from ovisnb.data.checks.record import CONTROL, Checked, Picture, box_faults, check_entry
 from ovisnb.data.checks.whole import Ledger, Others, digest
-from ovisnb.data.formats import Options, Row, read_entries
+from ovisnb.data.formats import Row, read_entries
 from ovisnb.data.formats.info import is_info, read_info
 from ovisnb.data.media import Folder, MediaError, folder_or
 from ovisnb.data.record import Record, RecordError
@@ -130,7 +130,7 @@ class _Checker:
         self, report: Report, pictures: Pictures, others: list[tuple[str, Others]], source: _Source, control: str
     ) -> None:
         self.report, self.pictures, self.others, self.control = report, pictures, others, control
-        self.path, self.folder, self.options = source.path, source.own, Options(source.path)
+        self.path, self.folder = source.path, source.own
         self.ledger = Ledger()
         self.splits: dict[int, tuple[str, int]] = {}  # number of a picture -> the split it is in, and the line
         self.index = 0
@@ -139,11 +139,9 @@ class _Checker:
     def take(self, row: Row) -> None:
         self.report.rows += 1
         checked, looks = None, []
-        if row.problem is None:
+        if row.error is None:
             source = f"{self.path}:{row.line}"
-            checked = check_entry(
-                row.entry, source=source, index=self.index, options=self.options, control=self.control
-            )
+            checked = check_entry(row.entry, source=source, index=self.index, control=self.control)
             looks = [(one, self.pictures.look(one.media, one.folder or self.folder)) for one in checked.pictures]
         self.index += 1  # rows that cannot be read count, as they do where a file is read or fixed
         self.waiting.append((row, checked, looks))
@@ -154,10 +152,10 @@ class _Checker:
         """Check what still waits, and then what only the whole set shows."""
         while self.waiting:
             self._check(*self.waiting.popleft())
-        for kind, name, line, message in self.ledger.faults():
-            self._add(kind, name, line, message)
+        for fault in self.ledger.faults():
+            self._add(*fault)
 
-    def _add(self, kind: str, name: str | None, line: int, message: str) -> None:
+    def _add(self, kind: str, name: str | None, line: int, message: str | OfTwo) -> None:
         self.report.add(kind, name, line, message, os.fspath(self.path))
 
     def _check(self, row: Row, checked: Checked | None, looks: list[tuple[Picture, Future[Seen]]]) -> None:
@@ -172,39 +170,31 @@ class _Checker:
         seen = [(picture, look.result()) for picture, look in looks]
         for found in chain(checked.faults, _picture_faults(seen), _place_faults(checked, seen)):
             self._add(found.kind, checked.name, row.line, found.message)
-        if checked.record is not None:
-            self._check_sound(row, checked, seen)
-        elif checked.name is not None:
-            self._check_unsound(row, checked, seen)
+        if checked.name is not None:
+            self._check_beside(row, checked, seen)
         report.faulty += len(report) > before
 
-    def _check_sound(self, row: Row, checked: Checked, seen: list[tuple[Picture, Seen]]) -> None:
-        """What can only be asked of a record that can be read."""
+    def _check_beside(self, row: Row, checked: Checked, seen: list[tuple[Picture, Seen]]) -> None:
+        """What a record shares with others, also if it cannot be read; and what becomes of one that can."""
         try:
             number = digest(row.entry)
-        except UnicodeEncodeError:
-            said = "a text beside its turns holds half a character (a lone surrogate): write it as UTF-8"
-            self._add("not_utf8", checked.name, row.line, said)
-            return
-        except (ValueError, RecursionError, TypeError):
-            self._add("broken_json", checked.name, row.line, "holds what JSON has not, such as NaN or Infinity")
+        except (ValueError, RecursionError, TypeError) as error:
+            if checked.record is None:  # its own faults say why
+                return
+            if isinstance(error, UnicodeEncodeError):
+                said = "a text beside its turns holds half a character (a lone surrogate): write it as UTF-8"
+                self._add("not_utf8", checked.name, row.line, said)
+            else:
+                self._add("broken_json", checked.name, row.line, "holds what JSON has not, such as NaN or Infinity")
             return
         self.ledger.add(row.line, checked.name, number, checked.answer)
         self._check_leaks(row, checked, seen, number)
-        answers = any(turn.role == "gpt" for turn in checked.record.turns)  # a record without one has that fault
-        if self.encode is not None and answers and all(one.size is not None for _, one in seen):
+        if self.encode is None or checked.record is None or any(one.size is None for _, one in seen):
+            return
+        if any(turn.role == "gpt" for turn in checked.record.turns):  # a record without one has that fault
             problem = self.encode(checked.record)
             if problem:
                 self._add(problem[0], checked.name, row.line, problem[1])
-
-    def _check_unsound(self, row: Row, checked: Checked, seen: list[tuple[Picture, Seen]]) -> None:
-        """What a record that cannot be read may share with others all the same: its id and its pictures."""
-        try:
-            number = digest(row.entry)
-        except (ValueError, RecursionError, TypeError):  # its own faults say why
-            return
-        self.ledger.add(row.line, checked.name, number, checked.answer)
-        self._check_leaks(row, checked, seen, number)
 
     def _check_leaks(self, row: Row, checked: Checked, seen: list[tuple[Picture, Seen]], number: int) -> None:
         named = [(picture.name, value) for picture, one in seen for value in (one.file, one.content)]
@@ -222,7 +212,9 @@ class _Checker:
                 other, line = self.splits.setdefault(value, (split, row.line))
                 if other != split:
                     told.add(name)
-                    said = f"{name} is in the split {split!r} here and in {other!r} in line {line}: keep it in one"
+                    said = OfTwo(
+                        f"{name} is in the split {split!r} here and in {other!r} in line ", line, ": keep it in one"
+                    )
                     self._add("split_leak", checked.name, row.line, said)
 
 
@@ -236,11 +228,10 @@ def contents(path: str | os.PathLike[str], pictures: Pictures, format: str | Non
             seen = look.result()
             yield from ((number, line) for number in (seen.file, seen.content) if number is not None)
 
-    options = Options(Path(path))
     for index, row in enumerate(read_entries(path, image_folder=pictures.image_folder, format=format)):
-        if row.problem is not None:
+        if row.error is not None:
             continue
-        checked = check_entry(row.entry, source=f"{path}:{row.line}", index=index, options=options)
+        checked = check_entry(row.entry, source=f"{path}:{row.line}", index=index)
         try:
             yield digest(row.entry), row.line
         except (AttributeError, TypeError, ValueError, RecursionError):
@@ -270,8 +261,8 @@ def _picture_faults(seen: list[tuple[Picture, Seen]]) -> Iterator:
             if found not in said:
                 said.add(found)
                 yield found._replace(message=f"{picture.name}: {found.message}")
-        if picture.box is not None and one.size is not None:
-            for found in box_faults(picture.box, picture.convention, [one.size]):
+        if picture.media.box is not None and one.size is not None:
+            for found in box_faults(picture.media.box, picture.media.coordinates, [one.size]):
                 if found.kind == "box_outside":
                     yield found._replace(message=f"{picture.name}: its box {found.message}")
 
@@ -279,7 +270,7 @@ def _picture_faults(seen: list[tuple[Picture, Seen]]) -> Iterator:
 def _place_faults(checked: Checked, seen: list[tuple[Picture, Seen]]) -> Iterator:
     """Boxes and points of the text that lie in none of the record's pictures; not told while one has no size."""
     unknown = any(one.size is None for _, one in seen)
-    sizes = [] if unknown else list(dict.fromkeys(one.size for picture, one in seen if picture.box is None))
+    sizes = [] if unknown else list(dict.fromkeys(one.size for picture, one in seen if picture.media.box is None))
     for place in checked.places:
         for found in box_faults(place.numbers, place.convention, sizes):
             if found.kind == "box_outside":

@@ -10,6 +10,7 @@ and programs that read the JSON rely on them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tempfile
@@ -64,6 +65,17 @@ SHOWN = 5  # faults of a kind that the text lists
 _IN_MEMORY = 1 << 22  # bytes of faults; more go to a temporary file
 
 
+class OfTwo(NamedTuple):
+    """A sentence about two records of a file, which names the line of the other one between its words."""
+
+    before: str
+    line: int
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.before}{self.line}{self.after}"
+
+
 class Fault(NamedTuple):
     """One thing that is wrong."""
 
@@ -76,6 +88,8 @@ class Fault(NamedTuple):
     message: str
     """One sentence, without the place."""
     file: str
+    of_two: OfTwo | None = None
+    """`message` in its pieces, where it names the line of another record in `file`."""
 
 
 class Report:
@@ -92,12 +106,13 @@ class Report:
         self.remarks: dict[str, tuple[str, int]] = {}
         self._spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, "w+b")  # noqa: SIM115 - it lives as long as the report
 
-    def add(self, kind: str, id: str | None, line: int | None, message: str, file: str | None = None) -> bool:
-        """Note a fault unless its kind is ignored; whether it was noted."""
+    def add(self, kind: str, id: str | None, line: int | None, message: str | OfTwo, file: str | None = None) -> bool:
+        """Note a fault unless its kind is ignored; whether it was noted. `file` is by default that of the report."""
         if kind in self.ignore:
             return False
         self.counts[kind] += 1
-        row = [kind, id, line, message, file or self.file]
+        of_two = message if isinstance(message, OfTwo) else None
+        row = [kind, id, line, str(message), None if file == self.file else file, of_two]
         self._spool.write(json.dumps(row).encode("ascii") + b"\n")
         return True
 
@@ -130,7 +145,8 @@ class Report:
             at = self._spool.tell()
             if line.startswith(start):
                 mark -= 1
-                yield Fault(*json.loads(line))
+                *fault, file, of_two = json.loads(line)
+                yield Fault(*fault, file or self.file, of_two and OfTwo(*of_two))
 
     def text(self, shown: int = SHOWN) -> str:
         """The report as a person reads it, `shown` faults of each kind; safe to print whatever the data holds."""
@@ -171,13 +187,11 @@ class Report:
         """Write a JSON list with one object a fault: kind, id, line, message, file. Whole or not at all."""
         with written_rows(path, lines=False) as write:
             for fault in self:
-                write(json.dumps(fault._asdict()).encode("ascii"))
+                write(json.dumps(dict(zip(Fault._fields[:5], fault))).encode("ascii"))
 
 
 def check_kinds(kinds: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     """`kinds` if all of them exist; ValueError naming the one that does not."""
-    import difflib
-
     for kind in kinds:
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, 1)

@@ -12,31 +12,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ovisnb.data.checks import validate
-from ovisnb.data.checks.faults import Report, plain
+from ovisnb.data.checks.faults import Fault, Report, plain
 from ovisnb.data.checks.pictures import Pictures, number_of
 from ovisnb.data.checks.record import Found, check_entry
 from ovisnb.data.checks.repair import cut_picture, repair
 from ovisnb.data.checks.whole import near
 from ovisnb.data.files import LINES_SUFFIXES, wants_lines, write_rows
-from ovisnb.data.formats import Options, Row, read_entries
+from ovisnb.data.formats import Row, read_entries
 from ovisnb.data.formats.info import is_info
 from ovisnb.data.media import Folder
 from ovisnb.data.record import RecordError
 
 LEFT = ("animated_picture", "turned_picture")
 """Kinds that stay in a cleaned copy: the records are sound, and pictures are not rewritten."""
-
-_OF_TWO = ("duplicate_id", "near_duplicate_id", "duplicate_record", "split_leak")
-_OTHER_LINE = re.compile(r"(?<=^line )\d+(?= has this id)|(?<=(?:of|in) line )\d+(?= differs|:)")
 
 
 @dataclass
@@ -104,33 +100,21 @@ def fix(
         rows = read_entries(path, image_folder=image_folder, format=format, template=template)
         work = _Work(path, looking, repaired, left_out, ignore)
         write_rows(work.rows(rows), copy)
-        while True:
-            if not work.lines:
-                remaining = Report(os.fspath(out), ignore)
-                break
+        remaining = Report(os.fspath(out), ignore)
+        while work.lines:
             remaining = validate(copy, image_folder, ignore=ignore, pictures=looking, format="records", **options)
             drop = work.drop(fault for fault in remaining if fault.kind not in LEFT)
             if not drop:
+                remaining.file = os.fspath(out)
                 break
-            rest = (row.entry for row in read_entries(copy, format="records") if row.line not in drop)
-            write_rows(rest, copy)  # it appears when all of it is written, so it may be read meanwhile
-        records = (row.entry for row in read_entries(copy, format="records")) if work.lines else iter(())
-        write_rows(records, out)
-    return Fixed(out, len(work.lines), repaired, left_out, _moved(remaining, out))
+            write_rows(_entries(copy, drop), copy)  # it appears when all of it is written, so it may be read meanwhile
+            remaining = Report(os.fspath(out), ignore)
+        write_rows(_entries(copy) if work.lines else (), out)
+    return Fixed(out, len(work.lines), repaired, left_out, remaining)
 
 
-def _moved(report: Report, path: Path) -> Report:
-    """The report of a file that now lies at `path`."""
-    moved = Report(os.fspath(path), report.ignore)
-    moved.rows, moved.records, moved.pictures, moved.faulty = (
-        report.rows,
-        report.records,
-        report.pictures,
-        report.faulty,
-    )
-    for fault in report:
-        moved.add(fault.kind, fault.id, fault.line, fault.message)
-    return moved
+def _entries(copy: Path, without: Collection[int] = ()) -> Iterator[dict[str, Any]]:
+    return (row.entry for row in read_entries(copy, format="records") if row.line not in without)
 
 
 class _Work:
@@ -146,14 +130,12 @@ class _Work:
 
     def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
         """The repaired entries of the rows that can be read."""
-        options = Options(self.path)
         for index, row in enumerate(rows):
-            if row.problem is not None or not isinstance(row.entry, dict):
+            if row.error is not None or not isinstance(row.entry, dict):
                 error = row.error or RecordError("a record is an object")
-                self.left_out.add(error.kind, error.record_id, row.line, error.message)
-                self.left_out.faulty += 1
+                self._leave_out(error.kind, error.record_id, row.line, error.message)
                 continue
-            checked = check_entry(row.entry, source=f"{self.path}:{row.line}", index=index, options=options)
+            checked = check_entry(row.entry, source=f"{self.path}:{row.line}", index=index)
             if any(picture.media.data is not None for picture in checked.pictures):
                 raise RecordError(
                     f"{self.path}:{row.line}: pictures lie in the rows: write them as files first: "
@@ -167,8 +149,7 @@ class _Work:
                 text.encode("utf-8")
             except (TypeError, ValueError, RecursionError) as error:
                 kind = "not_utf8" if isinstance(error, UnicodeEncodeError) else "broken_json"
-                self.left_out.add(kind, checked.name, row.line, "cannot be written as JSON in UTF-8")
-                self.left_out.faulty += 1
+                self._leave_out(kind, checked.name, row.line, "cannot be written as JSON in UTF-8")
                 continue
             for found in done:
                 self.repaired.add(found.kind, checked.name, row.line, found.message)
@@ -177,17 +158,19 @@ class _Work:
             self.unnamed.append(index if entry.get("id") is None else None)
             yield entry
 
-    def drop(self, faults: Iterable) -> set[int]:
+    def _leave_out(self, kind: str, name: str | None, line: int, message: str) -> None:
+        self.left_out.add(kind, name, line, message)
+        self.left_out.faulty += 1
+
+    def drop(self, faults: Iterable[Fault]) -> set[int]:
         """The lines of the copy with these faults, which are left out from now on."""
         lines = set()
         for fault in faults:
             lines.add(fault.line)
             at = fault.line - 1
             name = fault.id if self.unnamed[at] is None else f"{self.path.stem}-{self.unnamed[at]}"
-            said = fault.message
-            if fault.kind in _OF_TWO:  # names the line of another record
-                said = _OTHER_LINE.sub(lambda match: str(self.lines[int(match[0]) - 1]), said)
-            self.left_out.add(fault.kind, name, self.lines[at], said)
+            said = fault.of_two and fault.of_two._replace(line=self.lines[fault.of_two.line - 1])
+            self.left_out.add(fault.kind, name, self.lines[at], said or fault.message)
         self.left_out.faulty += len(lines)
         self.lines = [line for at, line in enumerate(self.lines, 1) if at not in lines]
         self.unnamed = [number for at, number in enumerate(self.unnamed, 1) if at not in lines]
@@ -196,16 +179,16 @@ class _Work:
     def _repaired(self, entry: dict, checked) -> tuple[dict, list[Found]]:
         looks = [(one, self.pictures.look(one.media, one.folder).result().size) for one in checked.pictures]
         known = all(size for _, size in looks)
-        entry, done = repair(entry, [size for one, size in looks if one.box is None] if known else None, self.ignore)
-        if "box_outside" not in self.ignore:
-            for one, size in looks:
-                key, at = one.name.rpartition("`")[0].rpartition("`")[2], int(one.name.split()[1]) - 1
-                if size is None or one.box is None:
-                    continue
-                if isinstance(entry[key], list):
-                    entry[key][at] = cut_picture(entry[key][at], one.name, size, done)
-                else:
-                    entry[key] = cut_picture(entry[key], one.name, size, done)
+        sizes = [size for one, size in looks if one.media.box is None] if known else None
+        entry, done = repair(entry, sizes, self.ignore)
+        for one, size in looks if "box_outside" not in self.ignore else ():
+            if size is None or one.media.box is None:
+                continue
+            listed = entry[one.key]
+            if isinstance(listed, list):
+                listed[one.at - 1] = cut_picture(listed[one.at - 1], one.name, size, done)
+            else:
+                entry[one.key] = cut_picture(listed, one.name, size, done)
         return entry, done
 
     def _own_id(self, entry: dict) -> list[Found]:

@@ -47,7 +47,7 @@ class Pictures:
 
     def look(self, media: Media, folder: str | None = None) -> Future[Seen]:
         """Look at the whole picture or video behind `media`; `folder` is its data set's own image folder."""
-        where = folder_or(folder, self.image_folder)
+        media, where = media.whole, folder_or(folder, self.image_folder)
         if media.path is None:
             self.count += 1
             return self._pool.submit(look, media, where, self.max_area, self.contents)

@@ -17,8 +17,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ovisnb.data import boxes, markup
-from ovisnb.data.checks.record import ANSWERS, Found, box_faults, known_role, misspelt
-from ovisnb.data.record import ROLES, Record, RecordError
+from ovisnb.data.checks.record import ANSWERS, Found, box_faults, misspelt
+from ovisnb.data.record import ROLES, Record, RecordError, known_role
 
 _START = re.compile(r"\A\s{0,9}<\|im_start\|>\s{0,9}(?:(?:system|user|assistant)\s{0,9}\n)?")
 _END = ("<|im_end|>", "<|endoftext|>")

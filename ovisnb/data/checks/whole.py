@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ovisnb.data.checks.faults import OfTwo
 from ovisnb.data.checks.pictures import number_of
 
 _IN_MEMORY = 1 << 22  # bytes of ids; more go to a temporary file
@@ -60,7 +61,7 @@ class Ledger:
             self._answers[answer] += 1
         self._spool.write(json.dumps([line, name, record, answer]).encode("ascii") + b"\n")
 
-    def faults(self) -> Iterator[tuple[str, str, int, str]]:
+    def faults(self) -> Iterator[tuple[str, str, int, str | OfTwo]]:
         """(kind, id, line, message), in the order of the records."""
         close, records = _twice(self._near), _twice(self._records)
         lacking = self._lacking()
@@ -75,17 +76,19 @@ class Ledger:
             if key in close:
                 spellings = first_close.setdefault(key, {})
                 if name in spellings:
-                    yield "duplicate_id", name, line, f"line {spellings[name]} has this id too: give each its own"
+                    said = OfTwo("line ", spellings[name], " has this id too: give each its own")
+                    yield "duplicate_id", name, line, said
                 elif spellings:
                     other, at = next(iter(spellings.items()))
-                    said = f"the id {other!r} of line {at} differs only in case, spaces or zero padding"
-                    yield "near_duplicate_id", name, line, f"{said}: rename one of them"
+                    differs = " differs only in case, spaces or zero padding: rename one of them"
+                    yield "near_duplicate_id", name, line, OfTwo(f"the id {other!r} of line ", at, differs)
                 if name not in spellings and len(spellings) < 100:
                     spellings[name] = line
             if record in records:
                 if record in first_record:
                     other, at = first_record[record]
-                    yield "duplicate_record", name, line, f"the same as record {other!r} of line {at}: drop one of them"
+                    said = OfTwo(f"the same as record {other!r} of line ", at, ": drop one of them")
+                    yield "duplicate_record", name, line, said
                 else:
                     first_record[record] = (name, line)
             if answer is not None and not answer[1] and answer[0] in lacking:
