@@ -124,7 +124,7 @@ class Cell {
     element.token = token;
     element.run = this.run;
     element.side = this.side;
-    element.place = this.order.push(element) - 1;
+    this.order.push(element);
   }
 
   gap(start, end) {
@@ -173,7 +173,7 @@ function render({ model, el }) {
   body.tabIndex = 0;
   keepKeys(body);
   body.setAttribute("role", "group");
-  body.setAttribute("aria-label", "tokens: the left and right arrow keys walk along them");
+  body.setAttribute("aria-label", "tokens: the arrow keys, Home and End walk along them");
   const order = [];
   const rows = document.createDocumentFragment();
   for (const row of payload.rows) {
@@ -217,20 +217,29 @@ function render({ model, el }) {
     if (token) select(token);
   });
   body.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (event.key === "Escape") {
       model.set("selected", null);
       model.save_changes();
     }
-    if (!step) return;
+    const folded = (element) => model.get("only_supervised") && !element.run.trains;
+    const open = order.filter((element) => element === current || !folded(element));
+    const at = open.indexOf(current);
+    const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: open.length - 1 }[event.key];
+    if (next === undefined) return;
     event.preventDefault();
-    const hidden = (element) => model.get("only_supervised") && !element.run.trains;
-    let place = current ? current.place + step : 0;
-    while (order[place] && hidden(order[place])) place += step;
-    if (order[place]) select(order[place]);
+    const wanted = open[Math.max(0, next)];
+    if (!wanted || folded(wanted)) return;
+    select(wanted);
+    wanted.scrollIntoView({ block: "nearest" });
   });
 
   let current = null;
+  // Scrolls the tokens and not the page: it may be another view, far away, in which somebody clicked.
+  function reveal() {
+    if (!current?.getClientRects().length) return;
+    const [frame, place] = [body.getBoundingClientRect(), current.getBoundingClientRect()];
+    if (place.top < frame.top || place.bottom > frame.bottom) body.scrollTop += place.top - frame.top - 10;
+  }
   function showSelected() {
     const wanted = model.get("selected");
     current?.classList.remove("selected");
@@ -241,7 +250,8 @@ function render({ model, el }) {
         : run.start <= wanted.position && wanted.position < run.end);
     current = wanted ? (order.find(holds) ?? null) : null;
     current?.classList.add("selected");
-    current?.scrollIntoView({ block: "nearest" });
+    reveal();
+    requestAnimationFrame(reveal); // by now blocks that came into view have their true height
     detail.textContent = current ? "selected: " + described(current).replace("\n", " · ") : "";
   }
   function showSwitches() {

@@ -47,8 +47,9 @@ worst = MaskLens({evil: bad, 'broken': broken}, processor); worst""",
     "long = small(chat('What? ' * 2000, 'The quick brown fox. ' * 400)); many = MaskLens(long, processor); many",
     "huge = MaskLens(small(chat('x' * 1_000_000, 'a' * 1_000_000)), processor); huge",
     "show_tokens(small(chat('x' * 1_000_000, 'a')), processor)",
+    "lens",
 )
-LENS, TWO, WORST, STATIC, STATIC_TWO, LONG, HUGE, HUGE_STATIC = range(1, 9)
+LENS, TWO, WORST, STATIC, STATIC_TWO, LONG, HUGE, HUGE_STATIC, AGAIN = range(1, 10)
 # the elements that the views make themselves
 OURS = {
     "div",
@@ -180,7 +181,17 @@ def test_the_switches_work_from_the_keyboard_and_the_notebook_does_not_hear_it(n
     assert view.locator(".body").evaluate("e => e === document.activeElement")
     notebook.page.keyboard.press("Escape")
     notebook.becomes("lens.selected", None)
-    for key, at in (("ArrowRight", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+    assert view.locator(".body").evaluate("e => getComputedStyle(e).outlineWidth") == "2px"  # where the keys go is seen
+    last = notebook.value("len(encoded) - 1")
+    keys = [
+        ("ArrowRight", 0),
+        ("ArrowRight", 1),
+        ("ArrowLeft", 0),
+        ("ArrowLeft", 0),
+        ("End", last),
+        ("ArrowRight", last),
+    ]
+    for key, at in [*keys, ("Home", 0), ("ArrowRight", 1)]:
         notebook.page.keyboard.press(key)
         notebook.becomes("lens.selected and lens.selected['position']", at)
     notebook.page.keyboard.type("ddab")  # commands of the notebook: delete the cell, insert one
@@ -195,6 +206,30 @@ def test_python_moves_the_view(notebook, view):
     assert view.get_by_label("only supervised").is_checked()
     view.locator(".token.selected").wait_for(state="attached")
     assert f"position {at} · " in view.locator(".detail").inner_text()
+
+
+def test_a_lens_shown_twice_follows_and_does_not_move_the_page(notebook, view):
+    again = notebook.output(AGAIN).locator(".ovisnb-lens")
+    again.locator(".token").first.wait_for()
+    view.locator(".token").nth(8).scroll_into_view_if_needed()
+    top = view.bounding_box()["y"]
+    view.locator(".token").nth(8).click()
+    notebook.becomes("lens.selected and lens.selected['position']", 8)
+    again.locator(".token.selected").wait_for()
+    notebook.page.wait_for_timeout(100)
+    assert view.bounding_box()["y"] == top
+
+
+def test_what_python_selects_is_seen_among_the_tokens(notebook):
+    view = notebook.output(LONG).locator(".ovisnb-lens")
+    view.scroll_into_view_if_needed()
+    for at in ("7000", "20", "len(long) - 1"):
+        notebook.value(f"setattr(many, 'selected', {{'side': '', 'position': {at}}})")
+        view.locator(".detail", has_text=f"position {notebook.value(at)} ").wait_for()
+        notebook.page.wait_for_timeout(200)
+        inside = """e => { const [a, b] = [e, e.closest('.body')].map(x => x.getBoundingClientRect());
+            return a.top >= b.top && a.bottom <= b.bottom }"""
+        assert view.locator(".token.selected").evaluate(inside), at
 
 
 def test_two_settings_stand_side_by_side(notebook):
