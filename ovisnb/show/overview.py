@@ -10,10 +10,9 @@ kinds and sentences stand in the tables, which are HTML, escaped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
-import numpy as np
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -27,7 +26,7 @@ from .html import BLUE, FONT, GREY, MUTED, ORANGE, RED, Html, Plot, more, table,
 from .shelf import Shelf
 
 ROWS = 20  # kinds that are listed
-FEW = 80  # boxes that are drawn one by one
+MOST = 400  # boxes that are drawn
 EXAMPLES = 3  # faults of a kind that are listed
 
 
@@ -180,19 +179,17 @@ def _tokens(axis, stats: Stats, max_length: int | None) -> None:
 
 
 def _places(axis, stats: Stats) -> None:
-    """Few boxes one by one and faint, many as how often each place is covered; on one square for all pictures."""
+    """Boxes one upon the other, the fainter the more there are, on one square for all pictures; of many an even part."""
     for sample, colour, name in ((stats.boxes, BLUE, "boxes"), (stats.crops, ORANGE, "tool calls")):
-        if not sample:
+        some = sample[:: 1 + len(sample) // MOST]
+        if not some:
             continue
-        if len(sample) > FEW and colour == BLUE:
-            axis.imshow(_covered(sample), cmap="Blues", extent=(0, 1, 1, 0), interpolation="bilinear", vmin=0)
-        elif len(sample) <= FEW:
-            corners = [((x1, y1), (x2, y1), (x2, y2), (x1, y2)) for x1, y1, x2, y2 in sample]
-            axis.add_collection(
-                PolyCollection(corners, facecolor=to_rgba(colour, 0.08), edgecolor=to_rgba(colour, 0.5))
-            )
-        x, y = ([(box[at] + box[at + 2]) / 2 for box in sample] for at in (0, 1))
-        axis.scatter(x, y, s=9, color=colour, alpha=max(0.15, min(1, FEW / len(sample))), lw=0, label=name)
+        faint = max(0.2, min(1, 60 / len(some)))
+        corners = [((x1, y1), (x2, y1), (x2, y2), (x1, y2)) for x1, y1, x2, y2 in some]
+        faces, edges = to_rgba(colour, 0.08 * faint), to_rgba(colour, 0.5 * faint)
+        axis.add_collection(PolyCollection(corners, facecolor=faces, edgecolor=edges))
+        x, y = ([(box[at] + box[at + 2]) / 2 for box in some] for at in (0, 1))
+        axis.scatter(x, y, s=9, color=colour, alpha=faint, lw=0, label=name)
     if stats.points:
         axis.scatter(*zip(*stats.points), s=16, marker="x", color=RED, lw=1, label="points")
     axis.set(title="Where boxes, points and calls lie", xlim=(0, 1), ylim=(1, 0), xlabel="share of the width")
@@ -200,16 +197,6 @@ def _places(axis, stats: Stats) -> None:
     legend = axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
     for handle in legend.legend_handles:
         handle.set_alpha(1)
-
-
-def _covered(sample: Iterable[tuple], cells: int = 50) -> np.ndarray:
-    """(cells, cells): how many boxes cover each place, rows from the top."""
-    edges = np.clip(np.array(list(sample)) * cells, 0, cells)
-    x1, y1, x2, y2 = np.rint(edges).astype(int).T
-    steps = np.zeros((cells + 1, cells + 1))
-    for y, x, sign in ((y1, x1, 1), (y1, x2, -1), (y2, x1, -1), (y2, x2, 1)):
-        np.add.at(steps, (y, x), sign)
-    return steps.cumsum(0).cumsum(1)[:cells, :cells]
 
 
 def _areas(axis, stats: Stats) -> None:
