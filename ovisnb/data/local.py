@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
+from ovisnb.data.files import written
 from ovisnb.data.formats import Options, read_entries, to_record
 from ovisnb.data.formats.info import DataSet, mixed, sets_of
 from ovisnb.data.media import Folder
@@ -120,7 +120,7 @@ def _open(data_set: DataSet, options: Options, cache: Path, held: ExitStack) -> 
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{source}.lock"):
         if not file.exists():
-            for older in cache.glob(f"{source}-*"):
+            for older in cache.glob(f"*{source}-*"):
                 _remove(older)
             _write(file, data_set, options)
         fcntl.flock(held.enter_context(file.open("rb")), fcntl.LOCK_SH)
@@ -172,19 +172,14 @@ def _write(file: Path, data_set: DataSet, options: Options) -> None:
     fields = {"record": pa.binary(), "pictures": pa.list_(pa.binary()), "source": pa.string()}
     schema = pa.schema({**fields, "folder": pa.string(), "notes": pa.list_(pa.string())})
     before = _key(data_set, options)
-    handle, unfinished = tempfile.mkstemp(".tmp", f"{file.stem}.", file.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            with pa.ipc.new_stream(out, schema) as writer:
-                for rows in _batches(_rows(data_set, options)):
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-            out.flush()
-            os.fsync(out.fileno())  # the name must not outlive a power cut that the contents do not
+    with written(file) as out:
+        with pa.ipc.new_stream(out, schema) as writer:
+            for rows in _batches(_rows(data_set, options)):
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
         if _key(data_set, options) != before:
             raise RecordError(f"{data_set.path} changed while it was read: start again")
-        os.replace(unfinished, file)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+        out.flush()
+        os.fsync(out.fileno())  # the name must not outlive a power cut that the contents do not
 
 
 def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:

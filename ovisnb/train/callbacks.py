@@ -72,32 +72,31 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun = self.last = time.monotonic()
         self.first_step = state.global_step
-        self.last_counts = (0, 0)
-        if state.log_history:
-            self.last_counts = _counts(state.log_history)
+        self.before = last_counts(state.log_history)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
+        step = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
-            print(f"step {state.global_step}/{state.max_steps}  eval_loss {logs['eval_loss']:.4f}", flush=True)
+            print(f"{step}  eval_loss {logs['eval_loss']:.4f}", flush=True)
         elif "loss" in logs:
-            now = time.monotonic()
-            seconds, self.last = max(now - self.last, 1e-9), now
-            before, self.last_counts = self.last_counts, _counts([logs])
-            samples, tokens = ((new - old) / seconds for new, old in zip(self.last_counts, before, strict=True))
+            now, before = time.monotonic(), self.before
+            seconds = max(now - self.last, 1e-9)
+            self.last, self.before = now, last_counts([logs])
+            samples, tokens = ((self.before[name] - before[name]) / seconds for name in ("samples_seen", "tokens_seen"))
             left = (now - self.begun) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
             print(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+                f"{step}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
                 f"  {samples:.1f} samples/s  {tokens:.0f} tokens/s  eta {_clock(left)}",
                 flush=True,
             )
 
 
-def _counts(logs: list[dict[str, Any]]) -> tuple[int, int]:
-    """Samples and tokens seen, from the last log that tells them."""
-    known = [log for log in logs if "samples_seen" in log]
-    return (known[-1]["samples_seen"], known[-1]["tokens_seen"]) if known else (0, 0)
+def last_counts(logs: list[dict[str, Any]]) -> dict[str, float]:
+    """What the last log that counts says was seen, and in how many seconds; zeros where none does."""
+    last = next((log for log in reversed(logs) if "samples_seen" in log), {})
+    return {name: last.get(name, 0) for name in ("samples_seen", "tokens_seen", "supervised_tokens", "seconds")}
 
 
 def _clock(seconds: float) -> str:

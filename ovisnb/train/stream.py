@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 
@@ -72,11 +73,7 @@ class Places:
 
     def save(self, checkpoint: Path, arguments: TrainingArguments) -> None:
         """Write those of all processes into a checkpoint; every process calls this."""
-        own = {"next": self.next, "states": self.states, "progress": self.progress}
-        ranks = [own]
-        if arguments.world_size > 1:
-            ranks = [None] * arguments.world_size
-            torch.distributed.all_gather_object(ranks, own)
+        ranks = gather_object([{"next": self.next, "states": self.states, "progress": self.progress}])
         if arguments.process_index == 0:
             checkpoint.mkdir(parents=True, exist_ok=True)
             # before what makes the checkpoint a complete one, which Trainer writes last
