@@ -1,4 +1,4 @@
-"""What a record is made of: turns and references to pictures; and the error that says what is wrong with one.
+"""What a record is made of, turns and references to pictures, and the error that says what is wrong with one.
 
     Turn(role="human", text="<image>\\nWhat is this?")
     Media(path="cat.jpg", box=(10, 20, 90, 80))
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,7 @@ from ovisnb.data.boxes import Convention
 
 Role = Literal["system", "human", "gpt", "ignored_gpt"]
 ROLES: tuple[str, ...] = get_args(Role)
+IMAGE, VIDEO = "<image>", "<video>"
 # What other formats call our roles: closer in meaning than anything spelling could tell.
 OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
 # What marks an entry of `video` as a video file rather than a picture of one frame.
@@ -59,6 +60,34 @@ def where(record_id: str | None, source: str) -> str:
     if record_id is None:
         return source
     return f"record {record_id!r}" + (f" ({source})" if source else "")
+
+
+class Note(str):
+    """A sentence about something that reading changed or assumed, with its `kind`.
+
+    That is the kind of fault it is ("changed_on_reading", "box_outside"), or "remark" if it is none: a
+    convention that was assumed, something that was left out for good reason.
+    """
+
+    kind: str
+
+    def __new__(cls, sentence: str, kind: str = "changed_on_reading") -> Self:
+        note = super().__new__(cls, sentence)
+        note.kind = kind
+        return note
+
+
+class Entry(dict):
+    """The RECORD FORM (the keys of `Record.from_dict`), and what else the reader of a format knows about it."""
+
+    notes: tuple[str, ...] = ()
+    """A `Note` for each thing that reading changed."""
+    folder: str | None = None
+    """The image folder of its own."""
+    source: str | None = None
+    """Where it comes from, if not from this row's file and line ("other.json:12")."""
+    index: int | None = None
+    """Its number in `source`, which names a record without an id."""
 
 
 class Frozen(BaseModel):
@@ -207,3 +236,11 @@ def kind_of(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"the number {value}"
     return names.get(type(value), type(value).__name__)
+
+
+def known_role(role: Any) -> str | None:
+    """The role that is meant for certain: one of ours in any case and spacing, or another format's name for it."""
+    if role in ROLES:
+        return role
+    word = role.strip().lower() if isinstance(role, str) else None
+    return word if word in ROLES else OTHER_NAMES.get(word)

@@ -3,7 +3,7 @@
     checked = check_entry({"conversations": [{"from": "human", "value": "<image>"}]}, source="a.json:1")
     [fault.kind for fault in checked.faults]    # ['placeholder_count', 'no_answer']
 
-What keeps an entry from being a record, `ovisnb.data.record.Reading` finds; what a record may hold and had
+What keeps an entry from being a record, `ovisnb.data.reading` finds; what a record may hold and had
 better not (control tokens, tags that do not close, boxes that are none, no answer) is found here.
 """
 
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from ovisnb.data import boxes, markup
 from ovisnb.data.formats.records import crops_noted
 from ovisnb.data.media import Folder, shown
-from ovisnb.data.record import Entry, Media, Note, Reading, Record, RecordError
+from ovisnb.data.reading import Reading
+from ovisnb.data.record import Entry, Media, Note, Record, RecordError
 
 CONTROL = r"<\|[A-Za-z0-9_]{1,40}\|>|<ovis_[a-z_]{1,40}>"
 """Control tokens as they are written, whatever the model: `<|im_start|>`, `<ovis_visual_atom>`."""
@@ -149,7 +150,7 @@ def misspelt(entry: Mapping) -> Iterator[tuple[str, str]]:
 def _check_form(reading: Reading, image_folder: Folder, checked: Checked) -> None:
     """The record, and what reading it changed; or all that keeps the entry from being one."""
     try:
-        record = reading.record()
+        record = Record.of(reading)
         checked.record = crops_noted(record, record.folder or image_folder)
     except RecordError as error:
         for problem in reading.problems or [error]:

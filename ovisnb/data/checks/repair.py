@@ -17,8 +17,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ovisnb.data import boxes, markup
+from ovisnb.data.base import known_role
 from ovisnb.data.checks.record import ANSWERS, Found, box_faults, misspelt
-from ovisnb.data.record import ROLES, Record, RecordError, known_role
+from ovisnb.data.record import ROLES, Record, RecordError
 
 _START = re.compile(r"\A\s{0,9}<\|im_start\|>\s{0,9}(?:(?:system|user|assistant)\s{0,9}\n)?")
 _END = ("<|im_end|>", "<|endoftext|>")
