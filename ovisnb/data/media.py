@@ -44,7 +44,10 @@ _ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 class MediaError(RecordError):
-    """A picture or video is missing, out of bounds or cannot be read: one sentence."""
+    """A picture or video is missing, out of bounds or cannot be read: one sentence, and its `kind`."""
+
+    def __init__(self, message: str, *, kind: str = "unreadable_picture", **where: str | None) -> None:
+        super().__init__(message, kind=kind, **where)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class ImageFacts:
     """SHA-256 of the file (of the pixels of a PIL image), the same for the same picture under two names."""
     problem: str | None = None
     """The sentence with which `open_image` refuses it; None if it opens."""
+    kind: str | None = None
+    """The kind of that error, as `MediaError.kind` has it."""
 
 
 def inspect_image(media: Media, image_folder: Folder = None) -> ImageFacts:
@@ -161,7 +166,7 @@ def inspect_image(media: Media, image_folder: Folder = None) -> ImageFacts:
             facts["frames"] = getattr(image, "n_frames", 1) if several else 1
         _bounds(media, facts["size"])
     except MediaError as error:
-        facts["problem"] = str(error)
+        facts |= {"problem": str(error), "kind": error.kind}
     return ImageFacts(**facts)
 
 
@@ -180,7 +185,8 @@ def naming(record: Record, place: str = "") -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        raise MediaError(f"{record.where}: {place}{': ' if place else ''}{error}") from None
+        said = f"{place}: {error}" if place else str(error)
+        raise MediaError(said, kind=error.kind, record_id=record.id, source=record.source) from None
 
 
 def find_file(path: str, image_folder: Folder = None, kind: str = "picture") -> Path:
@@ -198,13 +204,16 @@ def find_file(path: str, image_folder: Folder = None, kind: str = "picture") -> 
     except MediaError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # name too long, a null byte, a loop of links
-        raise MediaError(f"the path {shown(repr(path))} cannot be followed ({reason(error)}): correct it") from None
+        said = f"the path {shown(repr(path))} cannot be followed ({reason(error)}): correct it"
+        raise MediaError(said, kind="unreadable_picture") from None
     if exists:
-        raise MediaError(f"{shown(target)} is not a file: give the path of a {kind}")
-    if target.is_symlink():
-        raise MediaError(f"{shown(target)} is a link that leads nowhere: correct the link or the path")
+        raise MediaError(f"{shown(target)} is not a file: give the path of a {kind}", kind="unreadable_picture")
     advice = "pass the image_folder it lies in" if image_folder is None else "correct the path or the image_folder"
-    raise MediaError(f"there is no {kind} at {shown(target)}: {advice}")
+    if target.is_symlink():
+        said = f"{shown(target)} is a link that leads nowhere: correct the link or the path"
+    else:
+        said = f"there is no {kind} at {shown(target)}: {advice}"
+    raise MediaError(said, kind="missing_file")
 
 
 def shown(text: object) -> str:
@@ -231,19 +240,21 @@ def _check_spelling(path: str, image_folder: Folder) -> None:
     elif image_folder is not None and os.name != "nt" and ("\\" in path or re.match(r"[A-Za-z]:", path)):
         problem = "is written as on Windows: write it relative to the image_folder, with / between folders"
     if problem:
-        raise MediaError(f"the path {shown(repr(path))} {problem}")
+        raise MediaError(f"the path {shown(repr(path))} {problem}", kind="path_outside")
 
 
 def _inside(path: str, image_folder: str | os.PathLike[str]) -> Path:
     folder = Path(image_folder).resolve()
     if not folder.is_dir():
-        raise MediaError(f"the image_folder {image_folder} is not a folder: give the folder of the pictures")
+        said = f"the image_folder {image_folder} is not a folder: give the folder of the pictures"
+        raise MediaError(said, kind="path_outside")
     target = (folder / path).resolve()
     if not target.is_relative_to(folder):
         absolute = " or allow absolute paths" if os.path.isabs(path) else ""
         raise MediaError(
             f"the path {shown(repr(path))} leads out of the image_folder {image_folder}: "
-            f"pass the image_folder that holds all pictures{absolute}"
+            f"pass the image_folder that holds all pictures{absolute}",
+            kind="path_outside",
         )
     return target
 
@@ -252,6 +263,7 @@ def _inside(path: str, image_folder: str | os.PathLike[str]) -> Path:
 def _header(media: Media, image_folder: Folder) -> Iterator[tuple[Image.Image, str]]:
     """The picture, not yet decoded, and its name; whatever goes wrong in the with block becomes a MediaError."""
     name, path = "the PIL image" if media.image is not None else "the picture in the data", None
+    legible = False  # the header; what goes wrong after it is damage behind it
     if media.path is not None:
         path = find_file(media.path, image_folder)
         name = shown(path)
@@ -268,15 +280,18 @@ def _header(media: Media, image_folder: Folder) -> Iterator[tuple[Image.Image, s
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image.size, name)
+                legible = True
                 yield image, name
     except MediaError:
         raise
     except UnidentifiedImageError:
         raise MediaError(f"{name} is no picture in a format read here ({', '.join(FORMATS)}): convert it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaError(f"{name} is too large to open safely ({reason(error)}): scale it down") from None
+        said = f"{name} is too large to open safely ({reason(error)}): scale it down"
+        raise MediaError(said, kind="huge_picture") from None
     except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error
-        raise MediaError(f"{name} cannot be read as a picture ({reason(error)}): replace the file") from error
+        said = f"{name} cannot be read as a picture ({reason(error)}): replace the file"
+        raise MediaError(said, kind="truncated_picture" if legible else "unreadable_picture") from error
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -285,10 +300,12 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise MediaError(
-            f"{name} is too large to open safely ({width}x{height} pixels, more than {limit:,}): scale it down"
+            f"{name} is too large to open safely ({width}x{height} pixels, more than {limit:,}): scale it down",
+            kind="huge_picture",
         )
     if max(size) > LONGEST_SIDE:
-        raise MediaError(f"{name} is too long ({width}x{height} pixels, a side above {LONGEST_SIDE:,}): cut it up")
+        said = f"{name} is too long ({width}x{height} pixels, a side above {LONGEST_SIDE:,}): cut it up"
+        raise MediaError(said, kind="huge_picture")
 
 
 def _check_mode(image: Image.Image, name: str) -> None:
@@ -369,7 +386,7 @@ def _bounds(media: Media, size: tuple[int, int]) -> tuple[int, int, int, int] | 
     except ValueError as error:
         name = "the PIL image" if media.path is None else shown(media.path)
         counted = "in pixels of the original" if media.coordinates == "pixels" else f"({media.coordinates})"
-        raise MediaError(f"{name}: {error}: give x1, y1, x2, y2 {counted}") from None
+        raise MediaError(f"{name}: {error}: give x1, y1, x2, y2 {counted}", kind="box_outside") from None
 
 
 def _crop(image: Image.Image, media: Media) -> Image.Image:

@@ -103,7 +103,7 @@ def _of_list(video: Sequence[Media], wanted: Sequence[int], image_folder: Folder
         try:
             found[index] = read(video[index], image_folder)
         except MediaError as error:
-            raise MediaError(f"frame {index + 1}: {error}") from None
+            raise MediaError(f"frame {index + 1}: {error}", kind=error.kind) from None
     return [found[index] for index in wanted]
 
 
@@ -141,12 +141,15 @@ def _opened(media: Media, image_folder: Folder) -> Iterator[_Clip]:
                 file, format=form, options=options, io_open=_no_other_file, metadata_errors="replace"
             ) as container:
                 yield _Clip(container, _video_stream(container, name), name)
-    except MediaError:
+    except MediaError as error:
+        error.kind = "unreadable_video"
         raise
     except EOFError:
-        raise MediaError(f"{name} holds a video without a single frame: replace the file") from None
+        said = f"{name} holds a video without a single frame: replace the file"
+        raise MediaError(said, kind="unreadable_video") from None
     except Exception as error:  # as with pictures: decoders of broken files raise nearly anything
-        raise MediaError(f"{name} cannot be read as a video ({reason(error)}): replace or convert it") from error
+        said = f"{name} cannot be read as a video ({reason(error)}): replace or convert it"
+        raise MediaError(said, kind="unreadable_video") from error
 
 
 def _no_other_file(url: str, *_) -> None:

@@ -96,6 +96,7 @@ def test_a_box_partly_outside_is_cut_and_reported(tmp_path, folder):
     assert answer_of(record).startswith("<tool_call>[0.00, 300.50, 640.00, 480.00]</tool_call><image> ")
     assert record.images[1].box == (0, 300.5, 640, 480)
     [note] = record.notes
+    assert note.kind == "box_outside"
     assert "[-5.0, 300.5, 700.0, 500.0]" in note and "outside the picture of 640x480 pixels" in note
     assert "cut to [0.00, 300.50, 640.00, 480.00]" in note and "\n" not in note
     assert "notes" not in json.dumps(record.to_dict())
@@ -153,6 +154,7 @@ def test_a_broken_question_leaves_its_neighbours(tmp_path):
     path.write_text(json.dumps({"image_path": "a.png", "QnA": questions}))
     found = list(read_entries(path))
     assert [row.problem is None for row in found] == [True, False, True]
+    assert found[1].error.kind == "empty_box"
     assert {row.line for row in found} == {1} and found[1].problem.startswith("question 2 of 'a.png': the box")
 
 

@@ -84,6 +84,7 @@ def test_boxes_that_reach_outside_are_cut_and_reported(tmp_path):
     assert record.notes == (
         "annotation 1: its box [150, -5, 250, 45] reaches outside the picture of 200x100: it was cut to [150, 0, 200, 45]",
     )
+    assert record.notes[0].kind == "box_outside"
     assert coco(tmp_path, box(1, 18, [150, 0, 50.1, 50]))[0].notes == ()  # less than three decimals can say
 
 
@@ -100,7 +101,8 @@ def test_boxes_without_area_are_left_out_and_named(tmp_path):
     )
     path = write(tmp_path, [box(2, 7, [20, 50, 0, 20]), good])
     rows = list(read_entries(path))
-    assert rows[0].entry["id"] == "1-18"
+    assert [note.kind for note in record.notes] == ["empty_box", "box_outside", "empty_box"]
+    assert rows[0].entry["id"] == "1-18" and rows[1].error.kind == "empty_box"
     assert "annotation 2: its box [20, 50, 20, 70] has no area, and no other box of its kind is left" in rows[1].problem
     with pytest.raises(RecordError, match=r"instances.json:1: annotation 2"):
         list(read_records(path))
@@ -187,7 +189,7 @@ def test_a_box_says_what_it_is_or_is_that_of_refcoco_if_it_fits(tmp_path):
         refcoco(tmp_path, REFERRED)
     [record] = refcoco(tmp_path, {**REFERRED, "bbox": [20, 50, 40, 40]})
     assert said(record)[1] == "<ref>left dog</ref><box>(0.100,0.500),(0.300,0.900)</box>"
-    assert "refcoco:xywh" in record.notes[0]
+    assert "refcoco:xywh" in record.notes[0] and record.notes[0].kind == "remark"
     assert not refcoco(tmp_path, {**REFERRED, "bbox": [20, 50, 40, 40]}, format="refcoco:xywh")[0].notes
     corners, sides = "<box>(0.100,0.500),(0.300,0.900)</box>", "<box>(0.100,0.500),(0.400,0.999)</box>"
     rest = {key: value for key, value in REFERRED.items() if key != "bbox"}

@@ -87,6 +87,7 @@ def gif_of(width: int, height: int) -> bytes:
 def test_decompression_bombs_are_refused_by_their_header(data):
     with little_memory(40):
         assert "is too large to open safely" in refused(Media(data=data))
+        assert inspect_image(Media(data=data)).kind == "huge_picture"
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,8 @@ def test_what_is_no_file(tmp_path):
         assert name in refused(Media(path=name), tmp_path)
         assert "is a link that leads nowhere" in refused(Media(path=str(tmp_path / name)))
     assert "no picture at" in refused(Media(path="dangling.png"), tmp_path)
+    kinds = {"empty.png": "unreadable_picture", "pipe.png": "unreadable_picture", "dangling.png": "missing_file"}
+    assert {name: inspect_image(Media(path=name), tmp_path).kind for name in kinds} == kinds
     for device in ("/dev/zero", "/dev/stdin"):
         assert "is not a file" in refused(Media(path=device))
 
@@ -252,6 +255,7 @@ def test_the_facts_of_a_picture(tmp_path):
     (tmp_path / "a.jpg").write_bytes(noise("JPEG")[:2000])
     cut = inspect_image(Media(path="a.jpg"), tmp_path)
     assert cut.size == (64, 64) and cut.format == "JPEG" and "truncated" in cut.problem
+    assert cut.kind == "truncated_picture" and outside.kind == "box_outside" and facts.kind is None
     assert inspect_image(Media(path="no.jpg"), tmp_path).size is None
 
 

@@ -30,6 +30,7 @@ def no_video(path, data: bytes | None = None) -> str:
         with pytest.raises(MediaError) as refusal:
             read([Media(path=str(path))])
         sentences.add(str(refusal.value))
+        assert refusal.value.kind in ("unreadable_video", "unreadable_picture")  # of what is no file
     (sentence,) = sentences
     assert sentence.isprintable() and len(sentence) < 700
     return sentence

@@ -214,6 +214,7 @@ def test_of_preferences_the_chosen_answer_is_read(tmp_path):
         assert [(turn.role, turn.text) for turn in record.turns] == [("human", "<image>\nWho?"), ("gpt", "A cat.")]
         assert record.meta["rejected"] == row["rejected"] and "chosen" not in record.meta
         assert record.notes == ("of the two answers `chosen` is read, and `rejected` is only kept in `meta`",)
+        assert record.notes[0].kind == "remark"  # no fault
         [back] = read_records(write_records([record], tmp_path / "back.jsonl", format="messages"))
         assert back.to_dict() == record.to_dict()
     [record] = read(tmp_path, {"prompt": "q", "completion": "a", "chosen": "b", "rejected": "c"})

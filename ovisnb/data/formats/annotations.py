@@ -27,7 +27,7 @@ from ovisnb.data import boxes, markup
 from ovisnb.data.formats.parts import refuse_keys, refused
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.media import MediaError, image_size
-from ovisnb.data.record import FIELDS, IMAGE, Media, Record, RecordError
+from ovisnb.data.record import FIELDS, IMAGE, Media, Note, Record, RecordError
 
 _QUESTION, _ANSWER = "Q", "A3"
 _OWN = ("kind", "box_coordinates")  # keys of a question that are the record's own
@@ -63,8 +63,8 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
             yield _entry(question, number, line, path, size)
         except RecordError as error:
             name = _id(question, number, line)
-            record = f"record {str(name)!r}: " if isinstance(name, (str, int)) else ""
-            yield RecordError(f"{record}question {number} of {path!r}: {error}")
+            known = str(name) if isinstance(name, (str, int)) else None
+            yield RecordError(f"question {number} of {path!r}: {error}", kind=error.kind, record_id=known)
 
 
 def rows(records: Iterable[Record]) -> Iterator[dict]:
@@ -124,12 +124,12 @@ def _id(question: Any, number: int, line: dict) -> Any:
     return name
 
 
-def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[str]]:
+def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[Note]]:
     """-> (the answer with its calls as tool calls, the label of each call, what was changed)."""
     text, labels, notes, last = "", {}, [], 0
     for call in markup.annotation_calls(answer):
         if call.problem:
-            raise RecordError(call.problem)
+            raise RecordError(call.problem, kind="unreadable_box")
         numbers, note = _numbers(call, size())
         notes += [note] if note else []
         text += answer[last : call.start]
@@ -141,19 +141,20 @@ def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[s
     return text, [labels.get(call.start) for call in markup.calls(text)] if labels else [], notes
 
 
-def _numbers(call: markup.Call, size: tuple[float, float]) -> tuple[list[str], str | None]:
+def _numbers(call: markup.Call, size: tuple[float, float]) -> tuple[list[str], Note | None]:
     """The numbers of a call, cut to the picture -> (as text, what was changed)."""
     name = f"the box {list(call.numbers)} of the call {{{call.text}}}"
     if boxes.area(call.numbers) <= 0:
-        raise RecordError(f"{name} has no area: x1 < x2 and y1 < y2 must hold")
+        raise RecordError(f"{name} has no area: x1 < x2 and y1 < y2 must hold", kind="empty_box")
     box = boxes.clip(call.numbers, size)
     of_size = "" if math.inf in size else f" of {size[0]}x{size[1]} pixels"
     if boxes.area(box) <= 0:
-        raise RecordError(f"{name} lies outside the picture{of_size}")
+        raise RecordError(f"{name} lies outside the picture{of_size}", kind="box_outside")
     if box == call.numbers:
         return _as_written(call) or boxes.write_numbers(box, "pixels"), None
     written = boxes.write_numbers(box, "pixels")
-    return written, f"{name} reaches outside the picture{of_size}: it was cut to [{', '.join(written)}]"
+    note = f"{name} reaches outside the picture{of_size}: it was cut to [{', '.join(written)}]"
+    return written, Note(note, "box_outside")
 
 
 def _as_written(call: markup.Call) -> list[str] | None:

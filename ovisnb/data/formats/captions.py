@@ -54,7 +54,7 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
         try:
             text, notes = _caption(caption)
         except RecordError as error:
-            yield RecordError(f"caption {number + 1}: {error}" if many else str(error))
+            yield error.at(f"caption {number + 1}") if many else error
             continue
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": text}]
         row = Entry({"kind": KIND, **rest, "image": found, "conversations": turns})

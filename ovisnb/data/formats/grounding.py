@@ -38,7 +38,7 @@ from ovisnb.data.formats.parts import first_of, is_number, picture, short
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.markup import BOX_REQUEST, POINT_REQUEST
 from ovisnb.data.media import image_size
-from ovisnb.data.record import IMAGE, Media, RecordError
+from ovisnb.data.record import IMAGE, Media, Note, RecordError
 
 PICTURE_KEYS = ("image", "image_path", "img_path", "file_name", "filename", "img_name", "img")
 NAME_KEYS = ("expression", "expressions", "sent", "sentence", "sentences", "sents", "phrase", "phrases")
@@ -77,7 +77,7 @@ def coco(entry: dict, options: Options, kinds: Sequence[str] = ("find",)) -> Ite
         try:
             yield from _of_image(image, of_image[image["id"]], names, options, kinds)
         except RecordError as error:
-            yield RecordError(f"image {short(image['id'])}: {error}")
+            yield error.at(f"image {short(image['id'])}")
 
 
 def refcoco(
@@ -93,9 +93,8 @@ def refcoco(
     several = isinstance(numbers, list) and bool(numbers) and isinstance(numbers[0], list)
     found, notes = [], []
     if form is None:
-        notes.append(
-            f"nothing says that `{box_key}` holds width and height (refcoco:xywh): it was read as RefCOCO's do"
-        )
+        assumed = f"nothing says that `{box_key}` holds width and height (refcoco:xywh): it was read as RefCOCO's do"
+        notes.append(Note(assumed, "remark"))
     for number, one in enumerate(numbers if several else [numbers], start=1):
         named = f"`{box_key}`" + (f" {number}" if several else "")
         corners = _corners(one, form or "xywh", named)
@@ -106,7 +105,7 @@ def refcoco(
             )
         box, note = _share(corners, extent, named)
         if box is None:
-            raise RecordError(f"{note}: correct or drop it")
+            raise RecordError(f"{note}: correct or drop it", kind=note.kind)
         found.append(box)
         notes += [note] if note else []
     rest = {key: value for key, value in entry.items() if key not in (picture_key, name_key, box_key)}
@@ -134,13 +133,13 @@ def _of_image(
         try:
             key = _label(annotation, image, names)
         except RecordError as error:
-            errors.append(RecordError(f"annotation {short(annotation['id'])}: {error}"))
+            errors.append(error.at(f"annotation {short(annotation['id'])}"))
             continue
         groups.setdefault(key, []).append(annotation)
         if annotation.get("iscrowd"):
             crowds.setdefault(key, annotation)
     notes = [
-        f"no question about {name!r}: annotation {short(crowd['id'])} is a crowd (iscrowd)"
+        Note(f"no question about {name!r}: annotation {short(crowd['id'])} is a crowd (iscrowd)", "remark")
         for (_, name), crowd in crowds.items()
     ]
     for (label, name), group in groups.items():
@@ -157,7 +156,7 @@ def _of_image(
     yield from errors
 
 
-def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box], list[str]]:
+def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box], list[Note]]:
     """-> (the boxes as shares of the picture, notes); RecordError if one is broken or none is left."""
     found, notes, unusable = [], [], None
     for annotation in annotations:
@@ -165,12 +164,13 @@ def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box
         box, note = _share(_corners(annotation.get("bbox"), "xywh", named), size, named)
         if box is None:
             unusable = note
-            notes.append(f"{note}: it is left out")
+            notes.append(Note(f"{note}: it is left out", note.kind))
             continue
         found.append(box)
         notes += [note] if note else []
     if not found:
-        raise RecordError(f"{unusable}, and no other box of its kind is left: correct or drop it")
+        said = f"{unusable}, and no other box of its kind is left: correct or drop it"
+        raise RecordError(said, kind=unusable.kind)
     return found, notes
 
 
@@ -198,27 +198,27 @@ def _questions(
         yield row
 
 
-def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box | None, str | None]:
+def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box | None, Note | None]:
     """-> (`box` as shares with three decimals, cut to the picture, or None if nothing is left; what is wrong, or None)."""
     named, where = f"{named} {_numbers(box)}", f"the picture of {extent[0]}x{extent[1]}"
     inside = boxes.clip(box, extent)
     share = Box(*(min(round(number, 3), LARGEST) for number in boxes.convert(inside, "pixels", "normalised", extent)))
     if boxes.area(box) <= 0:
-        return None, f"{named} has no area"
+        return None, Note(f"{named} has no area", "empty_box")
     if boxes.area(inside) <= 0:
-        return None, f"{named} lies outside {where}"
+        return None, Note(f"{named} lies outside {where}", "box_outside")
     if boxes.area(share) <= 0:
-        return None, f"{named} is too thin on {where} to be written"
+        return None, Note(f"{named} is too thin on {where} to be written", "empty_box")
     slack = max(extent) * 1e-3  # less than can be written
     if all(abs(a - b) <= slack for a, b in zip(inside, box)):
         return share, None
-    return share, f"{named} reaches outside {where}: it was cut to {_numbers(inside)}"
+    return share, Note(f"{named} reaches outside {where}: it was cut to {_numbers(inside)}", "box_outside")
 
 
 def _corners(numbers: Any, form: str, named: str) -> Box:
     """Four numbers of a file -> x1, y1, x2, y2 in the same unit."""
     if not isinstance(numbers, (list, tuple)) or len(numbers) != 4 or not all(map(is_number, numbers)):
-        raise RecordError(f"{named} is {short(numbers)}: a box is four numbers")
+        raise RecordError(f"{named} is {short(numbers)}: a box is four numbers", kind="unreadable_box")
     x, y, *rest = numbers
     return Box(x, y, *rest) if form == "xyxy" else Box(x, y, x + rest[0], y + rest[1])
 

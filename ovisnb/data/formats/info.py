@@ -243,15 +243,17 @@ def _entries_of(data_set: DataSet, options: Options) -> Iterator[Entry | RecordE
     nested = "it is a data-info file itself: name the data files that it lists"
     try:
         reader = None if data_set.format is None else formats.reader_of(data_set.format)
-        rows = (Row(row.line, None, nested) if matches(row.entry) else row for row in read_rows(data_set.path))
+        rows = (
+            Row(row.line, None, RecordError(nested)) if matches(row.entry) else row for row in read_rows(data_set.path)
+        )
     except RecordError as error:
-        raise RecordError(f"the data set {data_set.name!r}: {error}") from None
-    for index, (line, entry, problem) in enumerate(formats.entries_of(rows, reader, options)):
+        raise error.at(f"the data set {data_set.name!r}") from None
+    for index, (line, entry, error) in enumerate(formats.entries_of(rows, reader, options)):
         source = f"{data_set.path}:{line}"
-        if problem is None and not isinstance(entry, dict):
-            problem = "a row is an object"
-        if problem is not None:
-            yield RecordError(f"{source}: {problem}")
+        if error is None and not isinstance(entry, dict):
+            error = RecordError("a row is an object")
+        if error is not None:
+            yield RecordError(error.message, kind=error.kind, record_id=error.record_id, source=source)
             continue
         known = entry if isinstance(entry, Entry) else Entry(entry)
         known.source, known.index, known.folder = source, index, data_set.folder

@@ -33,7 +33,7 @@ from typing import Any
 from ovisnb.data import markup
 from ovisnb.data.formats.parts import is_number, picture, plain, refuse_keys, refused, removed, short
 from ovisnb.data.formats.rows import Entry, Options, Reader
-from ovisnb.data.record import IMAGE, VIDEO, Record, RecordError, Turn
+from ovisnb.data.record import IMAGE, VIDEO, Note, Record, RecordError, Turn
 
 _ROLES = {"system": "system", "user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt", "model": "gpt"}
 _ROLES["tool"] = "tool"
@@ -64,13 +64,13 @@ def entries(entry: dict, options: Options) -> Iterator[dict]:
         try:
             _add(turns, role, message, media)
         except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+            raise error.at(where) from None
     media.settle(turns)
     notes = [removed(turn.removed, f"turn {n}") for n, turn in enumerate(turns, start=1) if turn.removed]
     if "conversations" in entry and "conversations" not in used:
         notes.append(f"the row has `{used[0]}` and `conversations`: only `{used[0]}` is read")
     if "chosen" in used and "rejected" in entry:
-        notes.append("of the two answers `chosen` is read, and `rejected` is only kept in `meta`")
+        notes.append(Note("of the two answers `chosen` is read, and `rejected` is only kept in `meta`", "remark"))
     taken = (*used, "images", "image", "videos", "video", "conversations")
     row = Entry({key: value for key, value in entry.items() if key not in taken})
     if media.placed["image"]:
@@ -209,7 +209,8 @@ def _of(messages: Any, key: str, answer: str = "gpt") -> list[_Message]:
         said = message.get("role")
         role = _ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise RecordError(f"{where} has the role {short(said)}: use system, user, assistant or tool")
+            told = f"{where} has the role {short(said)}: use system, user, assistant or tool"
+            raise RecordError(told, kind="unknown_role")
         found.append((where, answer if role == "gpt" else role, message))
     return found
 
@@ -257,7 +258,7 @@ def _parts(message: dict, media: _Media) -> list[tuple[str, str]]:
             try:
                 parts.append(_part(part, media))
             except RecordError as error:
-                raise RecordError(f"part {number}: {error}") from None
+                raise error.at(f"part {number}") from None
     elif content is not None:
         raise RecordError(f"its `content` is text or a list of parts, not {short(content)}")
     calls = message.get("tool_calls") or []

@@ -64,8 +64,8 @@ def parquet_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
                         line += 1
                         yield Row(line, entry, problem)
             except (pa.ArrowException, OSError, ValueError) as error:
-                problem = f"the table is damaged from here on ({reason(error)}): write the file anew"
-                yield Row(line + 1, None, problem)
+                said = f"the table is damaged from here on ({reason(error)}): write the file anew"
+                yield Row(line + 1, None, RecordError(said))
                 return
 
 
@@ -92,8 +92,8 @@ def write_parquet(rows: Iterable[dict[str, Any]], path: str | os.PathLike[str]) 
             ) from None
 
 
-def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
-    """(entry, None) or (None, problem) for each row of a batch."""
+def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, RecordError | None]]:
+    """(entry, None) or (None, what is wrong) for each row of a batch."""
     try:
         rows = batch.to_pylist()
     except (pa.ArrowException, ValueError, OverflowError):  # text that is not UTF-8, a date out of range
@@ -105,7 +105,7 @@ def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:
         try:
             yield _entry(batch.slice(number, 1).to_pylist()[0]), None
         except (pa.ArrowException, ValueError, OverflowError) as error:
-            yield None, f"a cell that cannot be read ({reason(error)}): repair or drop this row"
+            yield None, RecordError(f"a cell that cannot be read ({reason(error)}): repair or drop this row")
 
 
 def _entry(row: dict[str, Any]) -> dict[str, Any]:
