@@ -187,10 +187,10 @@ def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:
     rows = read_entries(
         data_set.path, image_folder=options.image_folder, format=data_set.format, template=options.template
     )
-    for index, (line, entry, problem) in enumerate(rows):
+    for index, (line, entry, error) in enumerate(rows):
         source = f"{data_set.path}:{line}"
-        if problem is not None:
-            raise RecordError(f"{source}: {problem}")
+        if error is not None:
+            raise RecordError(f"{source}: {error}", kind=error.kind)
         record = to_record(entry, source=source, index=index, options=options)
         pictures: list[bytes] = []
         yield {

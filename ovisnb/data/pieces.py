@@ -68,7 +68,7 @@ class Piece(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An entry in the record form, or a problem, and where it was found."""
+    """An entry in the record form, or an error, and where it was found."""
 
     place: str
     index: int
@@ -116,7 +116,7 @@ def cut(files: Sequence[File]) -> list[Piece]:
 
 
 def read_piece(file: File, piece: Piece, chance: Random) -> Iterator[Example]:
-    """The entries of a piece, in an order drawn from `chance`; broken ones as a `Row` with a problem."""
+    """The entries of a piece, in an order drawn from `chance`; broken ones as a `Row` with an error."""
     reader = None if file.format is None else reader_of(file.format)
     return _READ[file.kind](file, piece, chance, reader)
 

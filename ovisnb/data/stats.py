@@ -176,14 +176,15 @@ def summarise_file(
     def records() -> Iterator[Record | RecordError]:
         rows = read_entries(path, image_folder=image_folder, format=format, template=template)
         bar = tqdm(rows, path.name[:40], unit=" records", disable=None if progress else True)
-        for index, (line, entry, problem) in enumerate(bar):
+        for index, (line, entry, error) in enumerate(bar):
             source = f"{path}:{line}"
+            if error is not None:
+                yield RecordError(f"{source}: {error}", kind=error.kind)
+                continue
             try:
-                if problem is not None:
-                    raise RecordError(f"{source}: {problem}")
                 record = to_record(entry, source=source, index=index, options=options)
-            except RecordError as error:
-                record = error
+            except RecordError as refused:
+                record = refused
             yield record
 
     return summarise(records(), processor, image_folder=image_folder, **limits)

@@ -188,15 +188,15 @@ def _examples(pieces: list[tuple], files: tuple[File, ...], order: tuple[int, in
 
 def _record(file: File, example: Example) -> Record:
     source = f"{file.path}:{example.place}"
-    _, entry, problem = example.row
-    if problem is not None:
-        raise RecordError(f"{with_line(source)}: {problem}")
+    _, entry, error = example.row
+    if error is not None:
+        raise RecordError(f"{with_line(source)}: {error}", kind=error.kind)
     try:
         if example.pictures and isinstance(entry, dict):
             entry = tar.with_pictures(entry, example.pictures)
         record = to_record(entry, source=source, index=example.index, options=file.options)
-    except RecordError as error:
-        raise RecordError(str(error).replace(source, with_line(source))) from None
+    except RecordError as refused:
+        raise refused.of(refused.record_id, with_line(source)) from None
     return record if file.folder is None else record.model_copy(update={"folder": file.folder})
 
 

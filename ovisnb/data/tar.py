@@ -76,11 +76,11 @@ def samples(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
 
 
 def row(path: Path, sample: Sample, number: int) -> Row:
-    """The row of a sample, its pictures by name; its line is `number`. A sample without text is a problem."""
+    """The row of a sample, its pictures by name; its line is `number`. A sample without text is an error."""
     try:
         return Row(number, _entry(sample))
     except RecordError as error:
-        return Row(number, None, str(error))
+        return Row(number, None, error)
 
 
 @functools.lru_cache(maxsize=4)
