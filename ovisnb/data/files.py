@@ -54,7 +54,10 @@ def write_rows(rows: Iterable[Any], path: str | os.PathLike[str]) -> None:
     """
     with written_rows(path, wants_lines(path)) as write:
         for row in rows:
-            write(row_json(row, path))
+            try:
+                write(to_json(row))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RecordError(f"a row of {os.fspath(path)} cannot be written as JSON ({error})") from None
 
 
 @contextmanager
@@ -73,14 +76,6 @@ def written_rows(path: str | os.PathLike[str], lines: bool) -> Iterator[Callable
 
         yield write
         file.write(between if lines else b"\n]\n" if between == b",\n" else b"[]\n")
-
-
-def row_json(row: Any, path: str | os.PathLike[str], strict: bool = True) -> bytes:
-    """As `to_json`, with a RecordError about a row of `path` for what JSON cannot hold."""
-    try:
-        return to_json(row, strict)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RecordError(f"a row of {os.fspath(path)} cannot be written as JSON ({error})") from None
 
 
 def to_json(value: Any, strict: bool = True) -> bytes:

@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 from ovisnb.data.checks.pictures import file_number, number_of
-from ovisnb.data.files import row_json, written, written_rows
+from ovisnb.data.files import to_json, written, written_rows
 from ovisnb.data.formats import Options, entries_of, read_rows, reader_of
 from ovisnb.data.formats.info import is_info
 from ovisnb.data.media import Folder, MediaError, find_file
@@ -187,7 +187,7 @@ class _Rows:
             writers = [path and stack.enter_context(written_rows(path, self.kind == "lines")) for path in paths]
             count = 0
             for count, (place, row) in enumerate(zip(places, rows), start=1):
-                writers[place](row_json(row, self.path, strict=False))
+                writers[place](to_json(row, strict=False))
             if count != len(places) or next(rows, rows) is not rows:
                 raise RecordError(f"{self.path} changed while it was split: split it again")
 
