@@ -81,7 +81,7 @@ class Entry(dict):
     """The RECORD FORM (the keys of `Record.from_dict`), and what else the reader of a format knows about it."""
 
     notes: tuple[str, ...] = ()
-    """A `Note` for each thing that reading changed."""
+    """A `Note` for each thing that reading changed; a sentence that is no `Note` is one of its usual kind."""
     folder: str | None = None
     """The image folder of its own."""
     source: str | None = None

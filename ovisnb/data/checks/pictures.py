@@ -76,7 +76,7 @@ def look(media: Media, image_folder: Folder = None, max_area: int | None = None,
         try:
             path = find_file(media.path, image_folder)
         except MediaError as error:
-            return Seen(None, (Found(_path_kind(str(error)), str(error)),), file_number(media.path, image_folder))
+            return Seen(None, (Found(error.kind, error.message),), file_number(media.path, image_folder))
     file = None if path is None else number_of(os.path.realpath(path))
     name = "the picture in the data" if path is None else shown(path)
     content, digest = None, None
@@ -110,7 +110,7 @@ def _look_at(media: Media, image_folder: Folder, name: str) -> tuple[ImageFacts,
     facts = inspect_image(media, image_folder)
     faults = []
     if facts.problem:
-        faults.append(Found(_picture_kind(facts), facts.problem))
+        faults.append(Found(facts.kind, facts.problem))
     if facts.frames is not None and facts.frames > 1:
         faults.append(Found("animated_picture", f"{name} holds {facts.frames} frames: only the first is used"))
     if not facts.problem and facts.orientation != 1:
@@ -120,14 +120,6 @@ def _look_at(media: Media, image_folder: Folder, name: str) -> tuple[ImageFacts,
     return facts, tuple(faults)
 
 
-def _picture_kind(facts: ImageFacts) -> str:
-    """The kind of fault behind the sentence with which a picture is refused."""
-    if " is too large " in facts.problem or " is too long " in facts.problem:
-        return "huge_picture"
-    # what has a size and cannot be decoded is damaged behind its header, unless its pixels are of no known range
-    return "truncated_picture" if facts.size and " of unknown range" not in facts.problem else "unreadable_picture"
-
-
 def _look_at_video(media: Media, image_folder: Folder) -> tuple[tuple[int, int] | None, tuple]:
     from ovisnb.data.video import frame_size  # needs PyAV
 
@@ -135,15 +127,6 @@ def _look_at_video(media: Media, image_folder: Folder) -> tuple[tuple[int, int] 
         return frame_size([media], image_folder), ()
     except MediaError as error:
         return None, (Found("unreadable_video", str(error)),)
-
-
-def _path_kind(said: str) -> str:
-    """The kind of fault behind a sentence of `find_file`."""
-    if "there is no picture at " in said:
-        return "missing_file"
-    if " is not a file" in said or " cannot be followed " in said:
-        return "unreadable_picture"
-    return "path_outside"
 
 
 def _content(path: Path) -> str:

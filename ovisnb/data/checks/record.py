@@ -159,17 +159,11 @@ def _check_form(reading: Reading, image_folder: Folder, checked: Checked) -> Non
         return
     checked.name = checked.record.id
     for note in checked.record.notes:
-        kind = note.kind if isinstance(note, Note) else _kind_of_note(note)
+        kind = note.kind if isinstance(note, Note) else "changed_on_reading"
         if kind == "remark":
             checked.remarks.append(note)
         else:
             checked.add(kind, note)
-
-
-def _kind_of_note(note: str) -> str:
-    if note.startswith(("nothing says that ", "no question about ")):
-        return "remark"
-    return "box_outside" if "outside" in note else "changed_on_reading"
 
 
 def _check_pictures(reading: Reading, folder: str | None, checked: Checked) -> None:

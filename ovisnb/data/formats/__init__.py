@@ -19,9 +19,7 @@ record knows its line ("train.json:12"), and so does every error.
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,9 +141,6 @@ def _records(rows: Iterator[Row], options: Options) -> Iterator[Record]:
 def entries_of(rows: Iterable[Row], forced: Reader | None, options: Options) -> Iterator[Row]:
     """Rows -> entries in the record form, read by `forced` or by the reader that each row's keys tell."""
     for row in rows:
-        if isinstance(row.error, str):
-            yield row._replace(error=_told(RecordError(row.error)))
-            continue
         if row.error is not None or not isinstance(row.entry, dict):
             yield row  # a row that is no object is refused, in words, as a record
             continue
@@ -153,30 +148,9 @@ def entries_of(rows: Iterable[Row], forced: Reader | None, options: Options) -> 
             reader = forced or _reader_for(row.entry)
             for entry in reader.entries(row.entry, options):
                 failed = isinstance(entry, RecordError)
-                yield Row(row.line, None, _named(_told(entry), row.entry)) if failed else Row(row.line, entry)
+                yield Row(row.line, None, _named(entry, row.entry)) if failed else Row(row.line, entry)
         except RecordError as error:
-            yield Row(row.line, None, _named(_told(error), row.entry))
-
-
-def _told(error: RecordError) -> RecordError:
-    """An error whose kind and record are still only in its sentence."""
-    if error.record_id is None and (match := _NAMED.match(error.message)):
-        error.record_id, error.message = ast.literal_eval(match[1]), error.message[match.end() :]
-    if error.kind == "wrong_form":
-        error.kind = next((kind for words, kind in _WORDS if words in error.message), error.kind)
-    return error
-
-
-_NAMED = re.compile(r"""record ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"): """)
-_WORDS = (
-    ("not UTF-8", "not_utf8"),
-    ("JSON", "broken_json"),
-    ("has no area", "empty_box"),
-    ("outside the picture", "box_outside"),
-    ("the tool call", "unreadable_box"),
-    ("the role ", "unknown_role"),
-    ("there is no picture at ", "missing_file"),
-)
+            yield Row(row.line, None, _named(error, row.entry))
 
 
 def _reader_for(row: Mapping[str, Any]) -> Reader:
