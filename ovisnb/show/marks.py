@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ovisnb.data import boxes, markup
-from ovisnb.data.record import Media, Record
+from ovisnb.data.record import Record
 from ovisnb.generate.answer import Box, Point
 
 from .pieces import one_line
@@ -38,17 +38,20 @@ def marks_on(record: Record, at: int, size: tuple[int, int]) -> Marks:
     marks, media = Marks(), record.images[at]
     if media.box is not None:
         return marks
-    wholes = sum(other.box is None for other in record.images)
-    found = list(_written(record))
-    if wholes > 1:
-        drawable = sum(numbers is not None for kind, _, numbers, _ in found if kind != "crop")
-        if drawable:
-            some = "1 box or point is" if drawable == 1 else f"{drawable:,} boxes and points are"
-            marks.left_out.append(f"{some} not drawn: with several pictures the text does not say which is meant")
-    else:
-        _draw_text(marks, record, size, [item for item in found if item[0] != "crop"])
-    calls = [(label, numbers) for kind, label, numbers, _ in found if kind == "crop" and numbers is not None]
-    _draw_crops(marks, record, media, size, calls if wholes == 1 else [])
+    written, called = list(_written(record)), []
+    if sum(other.box is None for other in record.images) == 1:
+        for mark in written:
+            _draw(marks, record, size, *mark)
+        called = [numbers for kind, _, numbers, _ in written if kind == "crop" and numbers is not None]
+        called = [_normalised(numbers, record.call_coordinates, size) for numbers in called]
+    elif drawable := sum(numbers is not None for kind, _, numbers, _ in written if kind != "crop"):
+        some = "1 box or point is" if drawable == 1 else f"{drawable:,} boxes and points are"
+        marks.left_out.append(f"{some} not drawn: with several pictures the text does not say which is meant")
+    for crop in record.images:
+        if crop.box is not None and crop.origin == media.origin:
+            place = _normalised(crop.box, crop.coordinates, size)
+            if all(boxes.iou(call, place) <= 0.8 for call in called):  # else it is drawn, with the call's label
+                _draw_box(marks, place, "crop")
     for name in ("boxes", "points"):
         drawn = getattr(marks, name)
         if len(drawn) > MOST:
@@ -71,43 +74,28 @@ def _written(record: Record) -> Iterator[tuple[str, str | None, Sequence[float] 
                 yield call.name, call.label, call.numbers, call.problem
 
 
-def _draw_text(marks: Marks, record: Record, size: tuple[int, int], found: list) -> None:
-    for kind, label, numbers, problem in found:
-        if numbers is None:
-            marks.left_out.append(f"not drawn: {problem}")
-        elif kind == "point":
-            x, y = boxes.convert_point(numbers, record.box_coordinates, "normalised", size)
-            if 0 <= x <= 1 and 0 <= y <= 1:
-                _add(marks.points, Point(x, y, label=_label(label)))
-            else:
-                marks.left_out.append("not drawn: a point outside the picture")
+def _draw(marks: Marks, record: Record, size: tuple[int, int], kind: str, label, numbers, problem) -> None:
+    """Add one of `_written`, or say why not."""
+    if numbers is None:
+        marks.left_out.append(f"not drawn: {problem}")
+    elif kind == "box":
+        _draw_box(marks, _normalised(numbers, record.box_coordinates, size), label)
+    elif kind == "point":
+        x, y = boxes.convert_point(numbers, record.box_coordinates, "normalised", size)
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            _add(marks.points, Point(x, y, label=_label(label)))
         else:
-            box = kind == "box"
-            name = label if box else f"{kind} {label or ''}".strip()
-            _draw_box(marks, numbers, record.box_coordinates if box else record.call_coordinates, size, name)
+            marks.left_out.append("not drawn: a point outside the picture")
+    else:
+        _draw_box(marks, _normalised(numbers, record.call_coordinates, size), f"{kind} {label or ''}".strip())
 
 
-def _draw_crops(marks: Marks, record: Record, media: Media, size: tuple[int, int], calls: list) -> None:
-    """The crops that the record holds, named by their calls, and the calls that no crop answers."""
-    asked = [(label, _normalised(numbers, record.call_coordinates, size)) for label, numbers in calls]
-    for crop in record.images:
-        if crop.box is None or crop.origin != media.origin:
-            continue
-        place = _normalised(crop.box, crop.coordinates, size)
-        mine = [call for call in asked if boxes.iou(call[1], place) > 0.8]
-        label = next((label for label, _ in mine if label), None)
-        asked = [call for call in asked if call not in mine]
-        _draw_box(marks, place, "normalised", size, f"crop {label or ''}".strip())
-    for label, place in asked:
-        _draw_box(marks, place, "normalised", size, f"crop {label or ''}".strip())
-
-
-def _draw_box(marks: Marks, numbers, convention: str, size: tuple[int, int], label: str | None) -> None:
-    box = boxes.clip(_normalised(numbers, convention, size))
-    if not boxes.area(box):
+def _draw_box(marks: Marks, place: boxes.Box, label: str | None) -> None:
+    box = boxes.clip(place)
+    if boxes.area(box):
+        _add(marks.boxes, Box(*box, label=_label(label)))
+    else:
         marks.left_out.append("not drawn: a box without area inside the picture")
-        return
-    _add(marks.boxes, Box(*box, label=_label(label)))
 
 
 def _normalised(numbers: Sequence[float], convention: str, size: tuple[int, int]) -> boxes.Box:

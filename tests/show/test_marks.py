@@ -70,6 +70,7 @@ def test_what_cannot_be_drawn_is_said():
         "not drawn: a box without area inside the picture",
         "not drawn: the box has 2 numbers instead of 4: '(0.1,0.2)'",
         "not drawn: a point outside the picture",
+        "not drawn: the tool call has 1 numbers instead of 4: '1'",
     ]
 
 
