@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from ovisnb.data.files import written
 from ovisnb.data.formats import Options, read_entries, to_record
@@ -79,13 +79,7 @@ class LocalRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return list(self._records(self.numbers[index]))
         [row] = self.table[self.numbers[index]].to_pylist()

@@ -95,13 +95,7 @@ def _talk(human: str, gpt: str) -> list[Turn]:
     return [Turn(role="human", text=human), Turn(role="gpt", text=gpt)]
 
 
-def _single(scene: Scenes, turn: int) -> _Made:
-    record = scene(_ASK[turn % len(_ASK)], "find")
-    return record.turns, record.images
-
-
-def _crop(scene: Scenes, turn: int) -> _Made:
-    record = scene("read")
+def _whole(record: Record) -> _Made:
     return record.turns, record.images
 
 
@@ -118,11 +112,6 @@ def _several_pictures(scene: Scenes, turn: int) -> _Made:
     which = "Both alike" if numbers[0] == numbers[1] else f"The {'first' if numbers[0] > numbers[1] else 'second'}"
     said = f"{which}: there are {numbers[0]} in the first picture and {numbers[1]} in the second."
     return _talk("<image>\n<image>\nIn which picture are more shapes?", said), first.images + second.images
-
-
-def _turns(scene: Scenes, turn: int) -> _Made:
-    record = scene("find", "count", "point", "reverse", turns=2)
-    return record.turns, record.images
 
 
 def _system(scene: Scenes, turn: int) -> _Made:
@@ -147,13 +136,13 @@ def _video(scene: Scenes, turn: int) -> _Made:
 
 
 FORMS: dict[str, Callable[[Scenes, int], _Made]] = {
-    "single": _single,
-    "crop": _crop,
+    "single": lambda scene, turn: _whole(scene(_ASK[turn % len(_ASK)], "find")),
+    "crop": lambda scene, turn: _whole(scene("read")),
     "several_pictures": _several_pictures,
     "thinking": _thinking,
     "system": _system,
     "text": _text,
-    "turns": _turns,
+    "turns": lambda scene, turn: _whole(scene("find", "count", "point", "reverse", turns=2)),
     "video": _video,
 }
 """The kinds of records in a sample."""
