@@ -174,6 +174,16 @@ def test_parquet_stays_parquet_with_its_pictures(tmp_path):
     assert all(table.schema == tables[0].schema for table in tables)
 
 
+def test_a_table_of_one_row_of_several_records_stays_a_table(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {"image_path": "a.png", "QnA": [{"Q": "What?", "A3": "It."}] * 2}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "full.parquet")
+    done = split(tmp_path / "full.parquet", train_ratio=1, val_ratio=0, test_ratio=0)
+    assert pq.read_table(done.paths["train"]).to_pylist() == [row] and done.counts == {"train": 1}
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     pictures=st.lists(st.lists(st.integers(0, 25), max_size=2), min_size=1, max_size=60),
