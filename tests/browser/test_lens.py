@@ -91,6 +91,10 @@ def view(notebook):
     return view
 
 
+# the lens scrolls once more when a frame was drawn
+FRAMES = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+
+
 def shown(view, selector: str) -> int:
     """How many elements have a place on the page."""
     return view.locator(selector).evaluate_all("all => all.filter(e => e.getClientRects().length).length")
@@ -216,7 +220,7 @@ def test_a_lens_shown_twice_follows_and_does_not_move_the_page(notebook, view):
     view.locator(".token").nth(8).click()
     notebook.becomes("lens.selected and lens.selected['position']", 8)
     again.locator(".token.selected").wait_for()
-    notebook.page.wait_for_timeout(100)
+    notebook.page.evaluate(FRAMES)
     assert view.bounding_box()["y"] == top
 
 
@@ -226,7 +230,7 @@ def test_what_python_selects_is_seen_among_the_tokens(notebook):
     for at in ("7000", "20", "len(long) - 1"):
         notebook.value(f"setattr(many, 'selected', {{'side': '', 'position': {at}}})")
         view.locator(".detail", has_text=f"position {notebook.value(at)} ").wait_for()
-        notebook.page.wait_for_timeout(200)
+        notebook.page.evaluate(FRAMES)
         inside = """e => { const [a, b] = [e, e.closest('.body')].map(x => x.getBoundingClientRect());
             return a.top >= b.top && a.bottom <= b.bottom }"""
         assert view.locator(".token.selected").evaluate(inside), at
