@@ -104,7 +104,7 @@ def check(ranks, alone) -> None:
 
 
 def test_a_batch_without_pictures_trains_under_ddp(tmp_path, alone):
-    ranks = train_together("ddp", tmp_path, limit=180)
+    ranks = train_together("ddp", tmp_path, limit=600)
     assert [seen for seen, _ in ranks] == [{"world_size": 2, "wrapper": "DistributedDataParallel", "stage": None}] * 2
     check(ranks, alone)
 

@@ -175,7 +175,7 @@ def test_two_processes_read_their_own_parts(toy, tmp_path):
             start_new_session=True,
         )
         try:
-            status = process.wait(180)
+            status = process.wait(600)
         except subprocess.TimeoutExpired:
             status = "it hangs"
             os.killpg(process.pid, signal.SIGKILL)
