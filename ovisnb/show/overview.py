@@ -23,6 +23,7 @@ from ovisnb.data.checks.faults import KINDS
 from ovisnb.data.stats import Stats
 
 from .html import BLUE, FONT, GREY, MUTED, ORANGE, RED, Html, Plot, more, table, warnings, words
+from .pieces import one_line
 from .shelf import Shelf
 
 ROWS = 20  # kinds that are listed
@@ -72,13 +73,11 @@ def problem_table(shelf: Shelf) -> Html:
     for kind, count in shelf.counts.items():
         parts = [f"<div>{words(KINDS.get(kind, ''))}</div>"]
         for fault in islice((fault for fault in shelf.faults if fault.kind == kind), EXAMPLES):
-            place = [fault.id] if fault.id is not None else []
+            place = [words(fault.id, 60)] if fault.id is not None else []
             place += [f"line {fault.line}"] if fault.line is not None else []
-            place = f'<span style="{MUTED}">{words(", ".join(place), 80)}</span> '
+            place = f'<span style="{MUTED}">{", ".join(place)}</span> '
             parts.append(f"<div>{place}{words(shelf.without_folders(fault.message), 300)}</div>")
-        rows.append(
-            (Html(f"<b>{words(kind, 60)}</b>"), count, Html("".join(parts) + more(count - EXAMPLES, "problem")))
-        )
+        rows.append((one_line(kind, 60), count, Html("".join(parts) + more(count - EXAMPLES, "problem"))))
     return Html(f'<div style="{FONT}"><b>{words(shelf.verdict, 400)}</b></div>{table(rows)}')
 
 

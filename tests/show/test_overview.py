@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from html import escape
 
@@ -93,6 +94,10 @@ def test_problems_are_listed_by_kind_with_the_first_of_each(tmp_path):
     for kind, count in shelf.counts.items():
         assert f"{kind}{count}" in text
     assert "picture-0, line 1" in text
+    assert re.search(r"alert\(.*…, line 23 ?the key", text)  # a long id does not push the line out
+    assert all(
+        f'white-space:nowrap;padding:2px 10px 2px 0;vertical-align:top">{kind}<' in str(html) for kind in shelf.counts
+    )
 
 
 def test_a_shelf_without_problems_says_so():
