@@ -103,36 +103,44 @@ class Reading:
             self._add(no_turns())
         else:
             for number, turn in enumerate(turns, start=1):
-                self._read_turn(number, turn)
+                try:
+                    read = Turn(role=turn["from"], text=turn["value"])
+                except (RecordError, TypeError, LookupError) as error:
+                    self._refuse_turn(number, turn, error)
+                else:
+                    self.turns.append(read)
+                    self.said.append((read.role, read.text))
 
-    def _read_turn(self, number: int, turn: Any) -> None:
+    def _refuse_turn(self, number: int, turn: Any, error: Exception) -> None:
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
         self.said.append((known_role(role), text if isinstance(text, str) else None))
-        try:
-            self.turns.append(Turn(role=role, text=text))
-        except RecordError as error:
-            if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-                self._add(f'turn {number} is not of the form {{"from": role, "value": text}}')
-            elif not isinstance(text, str):
-                self._add(f"turn {number}: its value is text, not {kind_of(text)}")
-            else:
-                self._add(error.at(f"turn {number}"))
+        if not isinstance(error, RecordError):
+            self._add(f'turn {number} is not of the form {{"from": role, "value": text}}')
+        elif not isinstance(text, str):
+            self._add(f"turn {number}: its value is text, not {kind_of(text)}")
+        else:
+            self._add(error.at(f"turn {number}"))
 
     def _read_media(self, key: str) -> list[Media | None] | None:
         entries = self.data.get(key)
         if entries is None:
             return None
-        if not isinstance(entries, (list, tuple)):
-            entries = [entries]
-        return [self._read_picture(entry, f"entry {at} of `{key}`") for at, entry in enumerate(entries, start=1)]
+        media = []
+        for number, entry in enumerate(entries if isinstance(entries, (list, tuple)) else [entries], start=1):
+            try:
+                media.append(Media.from_entry(entry))
+            except RecordError as error:
+                media.append(self._refuse_picture(entry, f"entry {number} of `{key}`", error))
+        return media
 
-    def _read_picture(self, entry: Any, place: str) -> Media | None:
+    def _refuse_picture(self, entry: Any, place: str, error: RecordError) -> Media | None:
+        self._add(error.at(place))
+        if error.kind not in ("empty_box", "inverted_box"):
+            return None
         try:
-            return Media.from_entry(entry)
-        except RecordError as error:
-            self._add(error.at(place))
-            if error.kind in ("empty_box", "inverted_box"):  # the whole picture may be sound all the same
-                return self._read_picture({**entry, "box": None}, place)
+            return Media.from_entry({**entry, "box": None})  # the whole picture may be sound all the same
+        except RecordError as more:
+            self._add(more.at(place))
             return None
 
     def _match(self) -> list[Media | None]:
