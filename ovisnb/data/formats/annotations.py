@@ -24,7 +24,7 @@ from itertools import count, groupby
 from typing import Any
 
 from ovisnb.data import boxes, markup
-from ovisnb.data.formats.parts import refuse_keys, refused
+from ovisnb.data.formats.parts import cut, refuse_keys, refused
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.media import MediaError, image_size
 from ovisnb.data.record import FIELDS, IMAGE, Media, Note, Record, RecordError
@@ -144,17 +144,11 @@ def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[N
 def _numbers(call: markup.Call, size: tuple[float, float]) -> tuple[list[str], Note | None]:
     """The numbers of a call, cut to the picture -> (as text, what was changed)."""
     name = f"the box {list(call.numbers)} of the call {{{call.text}}}"
-    if boxes.area(call.numbers) <= 0:
-        raise RecordError(f"{name} has no area: x1 < x2 and y1 < y2 must hold", kind="empty_box")
-    box = boxes.clip(call.numbers, size)
-    of_size = "" if math.inf in size else f" of {size[0]}x{size[1]} pixels"
-    if boxes.area(box) <= 0:
-        raise RecordError(f"{name} lies outside the picture{of_size}", kind="box_outside")
-    if box == call.numbers:
-        return _as_written(call) or boxes.write_numbers(box, "pixels"), None
-    written = boxes.write_numbers(box, "pixels")
-    note = f"{name} reaches outside the picture{of_size}: it was cut to [{', '.join(written)}]"
-    return written, Note(note, "box_outside")
+    where = "the picture" if math.inf in size else f"the picture of {size[0]}x{size[1]} pixels"
+    box, note = cut(call.numbers, size, name, where)
+    if box is None:
+        raise RecordError(f"{note}: correct or drop it", kind=note.kind)
+    return (None if note else _as_written(call)) or boxes.write_numbers(box, "pixels"), note
 
 
 def _as_written(call: markup.Call) -> list[str] | None:

@@ -34,7 +34,7 @@ from typing import Any
 
 from ovisnb.data import boxes
 from ovisnb.data.boxes import LARGEST, Box, format_box, format_point
-from ovisnb.data.formats.parts import first_of, is_number, picture, short
+from ovisnb.data.formats.parts import cut, first_of, is_number, picture, short
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.markup import BOX_REQUEST, POINT_REQUEST
 from ovisnb.data.media import image_size
@@ -200,19 +200,15 @@ def _questions(
 
 def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box | None, Note | None]:
     """-> (`box` as shares with three decimals, cut to the picture, or None if nothing is left; what is wrong, or None)."""
-    named, where = f"{named} {_numbers(box)}", f"the picture of {extent[0]}x{extent[1]}"
-    inside = boxes.clip(box, extent)
+    named, where = f"{named} [{', '.join(f'{number:g}' for number in box)}]", f"the picture of {extent[0]}x{extent[1]}"
+    inside, note = cut(box, extent, named, where)
+    if inside is None:
+        return None, note
     share = Box(*(min(round(number, 3), LARGEST) for number in boxes.convert(inside, "pixels", "normalised", extent)))
-    if boxes.area(box) <= 0:
-        return None, Note(f"{named} has no area", "empty_box")
-    if boxes.area(inside) <= 0:
-        return None, Note(f"{named} lies outside {where}", "box_outside")
     if boxes.area(share) <= 0:
         return None, Note(f"{named} is too thin on {where} to be written", "empty_box")
     slack = max(extent) * 1e-3  # less than can be written
-    if all(abs(a - b) <= slack for a, b in zip(inside, box)):
-        return share, None
-    return share, Note(f"{named} reaches outside {where}: it was cut to {_numbers(inside)}", "box_outside")
+    return share, None if all(abs(a - b) <= slack for a, b in zip(inside, box)) else note
 
 
 def _corners(numbers: Any, form: str, named: str) -> Box:
@@ -221,10 +217,6 @@ def _corners(numbers: Any, form: str, named: str) -> Box:
         raise RecordError(f"{named} is {short(numbers)}: a box is four numbers", kind="unreadable_box")
     x, y, *rest = numbers
     return Box(x, y, *rest) if form == "xyxy" else Box(x, y, x + rest[0], y + rest[1])
-
-
-def _numbers(box: Box) -> str:
-    return f"[{', '.join(f'{number:g}' for number in box)}]"
 
 
 def _label(annotation: dict, image: dict, names: dict) -> tuple[Any, str]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 from PIL import Image
 
-from ovisnb.data.record import IMAGE, VIDEO, Record, RecordError
+from ovisnb.data import boxes
+from ovisnb.data.boxes import Box
+from ovisnb.data.record import IMAGE, VIDEO, Note, Record, RecordError
 
 LARGEST_DATA_URL = 64 << 20  # characters: 48 MB of picture
 _SHOWN_CROP = f"</tool_call>{IMAGE}"
@@ -103,6 +105,19 @@ def first_of(row: dict, keys: Iterable[str], meaning: str) -> tuple[str, Any]:
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a number that may be a coordinate: finite, and not beyond every picture."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def cut(box: Sequence[float], size: Sequence[float], named: str, where: str) -> tuple[Box | None, Note | None]:
+    """-> (the part of a box inside a picture of `size`, None if there is none; what is wrong with the box, or None)."""
+    if boxes.area(box) <= 0:
+        return None, Note(f"{named} has no area", "empty_box")
+    inside = boxes.clip(box, size)
+    if boxes.area(inside) <= 0:
+        return None, Note(f"{named} lies outside {where}", "box_outside")
+    if inside == box:
+        return inside, None
+    left = ", ".join(f"{number:g}" for number in inside)
+    return inside, Note(f"{named} reaches outside {where}: it was cut to [{left}]", "box_outside")
 
 
 def refused(record: Record, form: str, reason: str) -> RecordError:
