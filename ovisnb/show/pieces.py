@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 PLAIN = {" ": " ", "\n": "", "\t": "\t", "\r": ""}  # a line break is drawn, not written
 
@@ -72,5 +70,8 @@ def _read(text: str) -> Piece:
 
 @cache
 def _byte_table() -> dict[str, int]:
-    """Byte-level BPE's printable character -> byte (Radford et al. 2019, GPT-2's published encoder)."""
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+    """Byte-level BPE's printable character -> byte (Radford et al. 2019, GPT-2's published encoder):
+    printable Latin-1 bytes stand for themselves, the other 68 are numbered on from U+0100."""
+    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in themselves]
+    return {chr(byte): byte for byte in themselves} | {chr(256 + n): byte for n, byte in enumerate(others)}
