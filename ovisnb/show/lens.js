@@ -108,7 +108,7 @@ class Cell {
 
   addMedia() {
     const { run } = this;
-    const media = this.payload.media[run.media] ?? { title: run.media, note: "", pictures: [] };
+    const media = this.payload.media[run.media];
     const box = make("div", this.group, "media");
     for (const { src, width, height } of media.pictures) {
       if (!src.startsWith("data:image/")) continue;

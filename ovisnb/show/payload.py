@@ -77,8 +77,8 @@ def payload(
     """One Encoded, or several of one record by their names, as lists, numbers and text. ValueError for no Encoded.
 
     `reasons`: reason -> [background, text colour, meaning], those that occur. `pieces`: texts of tokens, each
-    [visible, plain, line breaks]. `media`: name -> {"title", "note", "pictures": [{"src", "width", "height"}]}, only
-    with a `record`. `sides`: see `_side`. `rows`: for each turn, for each side, the indices of its runs. `table`:
+    [visible, plain, line breaks]. `media`: name -> {"title", "note", "pictures": [{"src", "width", "height"}]}, pictures
+    only with a `record`. `sides`: see `_side`. `rows`: for each turn, for each side, the indices of its runs. `table`:
     lines of text that compare the sides, the first one the heading; empty for one side.
     """
     sides = encoded if isinstance(encoded, dict) else {"": encoded}
@@ -99,7 +99,7 @@ def payload(
             for reason in in_order(name for side in drawn for name, *_ in side["shares"])
         },
         "pieces": [list(piece) for piece in texts.values()],
-        "media": _media(record, image_folder, list(used)) if record else {},
+        "media": _media(record, image_folder, list(used)),
         "sides": drawn,
         "rows": list(rows.values()),
         "table": _table(drawn) if len(drawn) > 1 else [],
@@ -204,26 +204,26 @@ def _table(sides: list[dict]) -> list[list[str]]:
     return [head] + [[line[0], *(f"{count:,}" for count in line[1:]), *change(line)] for line in lines]
 
 
-def _media(record: Record, image_folder, used: list[tuple[str, int]]) -> dict:
+def _media(record: Record | None, image_folder, used: list[tuple[str, int]]) -> dict:
     """name -> title, note and thumbnails of each picture in use; a picture that cannot be read has a note saying why."""
-    opened, found = Pictures(record, image_folder), {}
-    for kind, index in used:
-        name = title = _name(kind, index)
+    found = {_name(*which): {"title": _name(*which), "note": "", "pictures": []} for which in used}
+    if record is None:
+        return found
+    opened = Pictures(record, image_folder)
+    for number, ((kind, index), one) in enumerate(zip(used, found.values())):
         if kind == "image" and record.images[index].box is not None:
-            title += f" · {crop_name(record.images[index])}"
-        note, images = "", []
-        if len(found) >= MOST_PICTURES:
-            note = f"no thumbnail: the first {MOST_PICTURES} have one"
-        else:
-            images = opened.frames(FRAMES) if kind == "video" else opened.open(index, at_least=2 * max(HEIGHT, WIDTH))
-            if isinstance(images, str):
-                note, images = f"cannot be shown: {one_line(images, 400)}", []
-            elif kind == "video":
-                note, images = f"{len(images)} of its frames", images.values()
-            else:
-                images = [images]
-        pictures = [thumbnail(image, WIDTH, HEIGHT) for image in images]
-        found[name] = {"title": title, "note": note, "pictures": pictures}
+            one["title"] += f" · {crop_name(record.images[index])}"
+        if number >= MOST_PICTURES:
+            one["note"] = f"no thumbnail: the first {MOST_PICTURES} have one"
+            continue
+        images = opened.frames(FRAMES) if kind == "video" else opened.open(index, at_least=2 * max(HEIGHT, WIDTH))
+        if isinstance(images, str):
+            one["note"] = f"cannot be shown: {one_line(images, 400)}"
+            continue
+        if kind == "video":
+            one["note"] = f"{len(images)} of its frames"
+        shown = images.values() if kind == "video" else [images]
+        one["pictures"] = [thumbnail(image, WIDTH, HEIGHT) for image in shown]
     return found
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .html import Plot
-
-BLUE, RED, GREY = "#0072b2", "#d55e00", "#8a8a8a"
+from .html import BLUE, GREY, RED, Plot
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

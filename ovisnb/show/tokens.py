@@ -140,7 +140,7 @@ class _View:
     def _media(self, run: dict) -> str:
         """One box for a run of visual tokens: thumbnails, the patch grid, the token count."""
         background, colour, _ = self.data["reasons"][run["reason"]]
-        media = self.data["media"].get(run["media"], {"title": run["media"], "note": "", "pictures": []})
+        media = self.data["media"][run["media"]]
         thumbnails = "".join(map(img, media["pictures"]))
         lines = [media["title"], *run["lines"], *([media["note"]] if media["note"] else [])]
         text = "".join(f"<div>{escape(line)}</div>" for line in lines)
