@@ -65,6 +65,16 @@ def test_what_is_certain_is_repaired(folder):
     assert validate(cleaned.fixed.path, folder).clean
 
 
+def test_the_box_of_a_picture_entry_is_cut_to_its_picture(folder):
+    crop = {"path": "good.png", "box": [5, 5, 100, 20]}
+    good, kept = cleaned(folder, talk(image=crop, id="a"), talk("<video>?", video=["good.png", crop], id="b"))
+    assert good["image"] == [{"path": "good.png", "box": [5, 5, 80, 20]}]
+    assert kept["video"] == ["good.png", {"path": "good.png", "box": [5, 5, 80, 20]}]
+    messages = [fault.message for fault in cleaned.fixed.repaired]
+    assert messages[0] == "entry 1 of `image`: its box [5, 5, 100, 20] was cut to [5, 5, 80, 20]"
+    assert cleaned(folder, talk(image=crop, id="a"), ignore=["box_outside"])[0]["image"] == [crop]
+
+
 def test_what_cannot_be_repaired_is_left_out_and_named(folder):
     entries = [
         talk(image="good.png", id="good"),

@@ -22,8 +22,8 @@ from typing import Any
 from ovisnb.data.checks import validate
 from ovisnb.data.checks.faults import Fault, Report, plain
 from ovisnb.data.checks.pictures import Pictures, number_of
-from ovisnb.data.checks.record import Found, check_entry
-from ovisnb.data.checks.repair import cut_picture, repair
+from ovisnb.data.checks.record import Checked, Found, check_entry
+from ovisnb.data.checks.repair import repair
 from ovisnb.data.checks.whole import near
 from ovisnb.data.files import LINES_SUFFIXES, wants_lines, write_rows
 from ovisnb.data.formats import Row, read_entries
@@ -176,20 +176,11 @@ class _Work:
         self.unnamed = [number for at, number in enumerate(self.unnamed, 1) if at not in lines]
         return lines
 
-    def _repaired(self, entry: dict, checked) -> tuple[dict, list[Found]]:
+    def _repaired(self, entry: dict, checked: Checked) -> tuple[dict, list[Found]]:
         looks = [(one, self.pictures.look(one.media, one.folder).result().size) for one in checked.pictures]
-        known = all(size for _, size in looks)
-        sizes = [size for one, size in looks if one.media.box is None] if known else None
-        entry, done = repair(entry, sizes, self.ignore)
-        for one, size in looks if "box_outside" not in self.ignore else ():
-            if size is None or one.media.box is None:
-                continue
-            listed = entry[one.key]
-            if isinstance(listed, list):
-                listed[one.at - 1] = cut_picture(listed[one.at - 1], one.name, size, done)
-            else:
-                entry[one.key] = cut_picture(listed, one.name, size, done)
-        return entry, done
+        whole = [size for one, size in looks if one.media.box is None]
+        crops = {(one.key, one.at): size for one, size in looks if one.media.box is not None}
+        return repair(entry, whole if all(size for _, size in looks) else None, self.ignore, crops)
 
     def _own_id(self, entry: dict) -> list[Found]:
         """Give the entry an id of its own if its id, or one nearly the same, was there before."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ovisnb.data import boxes, markup
@@ -27,12 +28,16 @@ Sizes = Sequence[tuple[int, int]]
 
 
 def repair(
-    entry: Mapping[str, Any], sizes: Sizes | None = None, ignore: Collection[str] = ()
+    entry: Mapping[str, Any],
+    sizes: Sizes | None = None,
+    ignore: Collection[str] = (),
+    crops: Mapping[tuple[str, int], tuple[int, int] | None] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[Found]]:
     """(the entry with its repairs, what was done).
 
     `sizes` are (width, height) in pixels of its whole pictures, None where one is not known: nothing is
-    then cut to pixels. Kinds in `ignore` are left as they are.
+    then cut to pixels. `crops` are those of the pictures that its entries with a sound box are crops of, by key and
+    number ("image", 2). Kinds in `ignore` are left as they are.
     """
     entry, done = dict(entry), []
     if "unknown_key" not in ignore:
@@ -40,9 +45,12 @@ def repair(
     for key in ("image", "video"):
         listed = entry.get(key)
         if isinstance(listed, (list, tuple)):
-            entry[key] = [_picture(item, f"entry {at} of `{key}`", ignore, done) for at, item in enumerate(listed, 1)]
+            entry[key] = [
+                _picture(item, f"entry {at} of `{key}`", crops.get((key, at)), ignore, done)
+                for at, item in enumerate(listed, start=1)
+            ]
         elif listed is not None:
-            entry[key] = _picture(listed, f"entry 1 of `{key}`", ignore, done)
+            entry[key] = _picture(listed, f"entry 1 of `{key}`", crops.get((key, 1)), ignore, done)
     turns = entry.get("conversations")
     if isinstance(turns, (list, tuple)):
         limits = {"box": _limits(entry, "box_coordinates", "normalised", sizes)}
@@ -92,30 +100,20 @@ def _limits(entry: Mapping, key: str, usual: str, sizes: Sizes | None) -> tuple[
     return (convention if convention in boxes.CONVENTIONS else usual), list(dict.fromkeys(sizes or [])) or None
 
 
-def _picture(item: Any, place: str, ignore: Collection[str], done: list[Found]) -> Any:
-    """A picture entry whose box has its corners in order; what reaches out is cut when the picture is opened."""
+def _picture(item: Any, place: str, size: tuple[int, int] | None, ignore: Collection[str], done: list[Found]) -> Any:
+    """A picture entry whose box has its corners in order, or is cut to its picture of `size` if that is certain."""
     box = item.get("box") if isinstance(item, Mapping) else None
-    if "inverted_box" in ignore or not isinstance(box, (list, tuple)) or len(box) != 4:
+    if not isinstance(box, (list, tuple)) or len(box) != 4:
         return item
     if not all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in box):
         return item
-    mended, kinds = box_in(box, "pixels", None)
-    if "inverted_box" in kinds:
-        done.append(Found("inverted_box", f"{place}: its box {list(box)} became {list(mended)}"))
-        return {**item, "box": list(mended)}
-    return item
-
-
-def cut_picture(item: Any, place: str, size: tuple[int, int], done: list[Found]) -> Any:
-    """A picture entry whose box is cut to its picture of `size`, if at least half of it lies inside."""
-    if not isinstance(item, Mapping) or item.get("box") is None:
+    convention = item.get("coordinates", "pixels") if size else "pixels"
+    mended, kinds = box_in(box, convention, size and [size])
+    kind = "box_outside" if size else "inverted_box"
+    if kinds != [kind] or kind in ignore or mended == tuple(box):
         return item
-    convention = item.get("coordinates", "pixels")
-    mended, kinds = box_in(item["box"], convention, [size])
-    if kinds == ["box_outside"] and mended != tuple(item["box"]):
-        done.append(Found("box_outside", f"{place}: its box {list(item['box'])} was cut to {list(mended)}"))
-        return {**item, "box": list(mended)}
-    return item
+    done.append(Found(kind, f"{place}: its box {list(box)} {'was cut to' if size else 'became'} {list(mended)}"))
+    return {**item, "box": list(mended)}
 
 
 def _turn(turn: Any, place: str, limits: dict, ignore: Collection[str], done: list[Found]) -> Any:
