@@ -38,6 +38,7 @@ class Reading:
             source, index = data.source or source, index if data.index is None else data.index
         self.data, self.source = data, source
         self.problems: list[RecordError] = []
+        """All that is wrong. If nothing is but placeholders that do not match, it is `Record` that says so."""
         self.uncut: list[RecordError] = []
         """Why crops cannot be cut as their calls say, apart from `problems`: the text can be read all the same."""
         self.said: list[tuple[str | None, str | None]] = []
@@ -178,14 +179,15 @@ class Reading:
         return images
 
     def _crop(self, whole: Media, call: markup.Call, place: str) -> Media | None:
-        try:
-            if call.numbers is None:
-                raise RecordError(call.problem, kind="unreadable_box")
-            return whole.crop(call.numbers, self.options.get("call_coordinates", "pixels"))
-        except RecordError as error:
-            place = place if call.numbers is None else f"{place}: the call {call.text}"
-            self.uncut.append(error.at(place).of(self.id, self.source))
-            return None
+        if call.numbers is None:
+            error = RecordError(f"{place}: {call.problem}", kind="unreadable_box")
+        else:
+            try:
+                return whole.crop(call.numbers, self.options.get("call_coordinates", "pixels"))
+            except RecordError as refusal:
+                error = refusal.at(f"{place}: the call {call.text}")
+        self.uncut.append(error.of(self.id, self.source))
+        return None
 
 
 def _slots(role: str | None, text: str | None) -> Iterator[markup.Call | None]:
@@ -206,6 +208,7 @@ def _slots(role: str | None, text: str | None) -> Iterator[markup.Call | None]:
 
 
 def no_turns() -> RecordError:
+    """What is wrong with a conversation of no turns."""
     return RecordError("the conversation has no turns: `conversations` needs at least one", kind="no_answer")
 
 

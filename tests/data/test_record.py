@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ovisnb.data import ROLES, Media, Record, RecordError, Turn
 from ovisnb.data.boxes import CONVENTIONS
+from ovisnb.data.checks.faults import KINDS
 from ovisnb.data.record import FIELDS
 
 TOOL_CALL = {
@@ -282,6 +284,31 @@ def test_bad_data_gets_one_sentence(data, part):
     sentence = told(data, source="train.json:12")
     assert part in sentence
     assert "train.json:12" in sentence
+
+
+@pytest.mark.parametrize(
+    "data, kind",
+    [
+        (talk(("wizard", "Hi"), id="a"), "unknown_role"),
+        (talk(("human", "\ud800"), id="a"), "not_utf8"),
+        (talk(("human", "<image>"), id="a"), "placeholder_count"),
+        (talk(id="a"), "no_answer"),
+        (talk(("human", "<image>"), id="a", image={"path": "a", "box": [5, 2, 3, 4]}), "inverted_box"),
+        (talk(("human", "<image>"), id="a", image={"path": "a", "box": [5, 2, 5, 4]}), "empty_box"),
+        (talk(("human", "<image>"), id="a", image={"path": "a", "box": "all"}), "unreadable_box"),
+        (talk(("human", "<image>"), id="a", image={"path": "a", "bx": 1}), "unknown_key"),
+        (talk(("human", "Hi"), id="a", kind=4), "wrong_form"),
+    ],
+)
+def test_an_error_carries_what_it_is_and_whose_also_to_another_process(data, kind):
+    with pytest.raises(RecordError) as refusal:
+        Record.from_dict(data, source="a.json:3")
+    error = refusal.value
+    assert (error.kind, error.record_id, error.source) == (kind, "a", "a.json:3") and kind in KINDS
+    assert str(error) == f"record 'a' (a.json:3): {error.message}"
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.kind) == (str(error), kind)
+    assert str(RecordError("a sentence")) == "a sentence"
 
 
 def test_what_is_built_in_code_is_checked_too():
