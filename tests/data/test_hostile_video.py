@@ -184,7 +184,8 @@ def test_tables_that_claim_billions_of_frames(tmp_path):
         assert "more than it has bytes" in no_video(path, data[:run].replace(b"ftyp", b"free") + data[run:])
 
 
-def test_damaged_videos_give_frames_or_sentences(tmp_path):
+def test_damaged_videos_give_frames_or_sentences(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_module, "LARGEST_FRAME", 1_000_000)  # a damaged header may announce frames of any size
     suffixes = (".mp4", ".webm", ".avi", ".mkv")
     data = {}
     for suffix in suffixes:
@@ -206,5 +207,5 @@ def test_damaged_videos_give_frames_or_sentences(tmp_path):
             assert 2 <= len(frames) <= 4 and {frame.mode for frame in frames} == {"RGB"}
             assert len(frames) == min(max(frame_count(video), 2), 4) and frame_size(video) == frames[0].size
 
-    with little_memory(300):
+    with little_memory(100):
         check()
