@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from ovisnb.data import tar
 from ovisnb.data.formats import Options, Row, entries_of, reader_of
 from ovisnb.data.formats.rows import is_lines, line_rows
+from ovisnb.data.media import shown
 from ovisnb.data.record import RecordError
 
 LARGEST = 8 << 20
@@ -239,7 +240,7 @@ def _read_tar(file: File, piece: Piece, chance: Random, reader: Any) -> Iterator
     for number in numbers:
         sample = samples[number]
         for row in entries_of([tar.row(file.path, sample, number)], reader, file.options):
-            yield Example(sample.key, number, row, sample.pictures)
+            yield Example(shown(sample.key), number, row, sample.pictures)
 
 
 _CUT = {"lines": _cut_lines, "parquet": _cut_parquet, "tar": _cut_tar}

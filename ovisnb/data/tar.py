@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovisnb.data.formats.rows import Row
+from ovisnb.data.media import reason, shown
 from ovisnb.data.record import RecordError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
@@ -111,8 +112,7 @@ def _samples(path: Path, size: int, changed: int) -> tuple[Sample, ...]:
                 else:
                     sample.others.append(ending)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        said = " ".join(str(error).split())
-        raise RecordError(f"{path} is no tar file that can be read ({said}): replace the file") from None
+        raise RecordError(f"{path} is no tar file that can be read ({reason(error)}): replace the file") from None
     return tuple(found.values())
 
 
@@ -122,7 +122,7 @@ def _entry(sample: Sample) -> Any:
             raise RecordError(f"its .{kind} has {stored.size:,} bytes, which is no text for a picture: shorten it")
     if not sample.text:
         endings = [*sample.others, *(name.partition(".")[2] for name in sample.pictures)]
-        has = ", ".join(f".{ending}" for ending in endings)
+        has = shown(", ".join(f".{ending}" for ending in endings))
         pickled = any(ending.rpartition(".")[2].lower() in _PICKLED for ending in sample.others)
         advice = "; what is pickled is never loaded here: write JSON" if pickled else ": add one"
         raise RecordError(f"the sample has {has} but no .json or .txt{advice}")
@@ -154,13 +154,13 @@ def with_pictures(entry: dict, pictures: dict[str, Stored]) -> dict:
         return entry
     listed = listed if isinstance(listed, list) else [listed]
     entries = [{"path": media} if isinstance(media, str) else media for media in listed]
-    shown = [media for media in entries if isinstance(media, dict) and isinstance(media.get("path"), str)]
-    paths = dict.fromkeys(media["path"] for media in shown)
+    given = [media for media in entries if isinstance(media, dict) and isinstance(media.get("path"), str)]
+    paths = dict.fromkeys(media["path"] for media in given)
     named = {path: name for path in paths if (name := path.rpartition("/")[2]) in pictures}
     rest = (name for name in pictures if name not in set(named.values()))
     named |= zip([path for path in paths if path not in named], list(rest))
     data = {name: pictures[name].read() for name in set(named.values())}
-    for media in shown:
+    for media in given:
         if media["path"] in named:
             media |= {"path": None, "data": data[named[media["path"]]]}
     entry["image"] = entries

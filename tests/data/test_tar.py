@@ -79,7 +79,19 @@ def test_any_bytes_may_be_a_tar(tmp_path_factory, data):
         for record in RecordStream(path):
             assert record.turns
     except RecordError as error:
-        assert "\n" not in str(error)
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("name", ["\n0.png", "0.\n.pkl", "0.\x1b[31m", "\udcff.png"])
+def test_names_of_members_are_told_on_one_line(tmp_path, name):
+    path = write_tar(tmp_path / "some.tar", [(name, png("red"))])
+    with pytest.raises(RecordError, match="but no .json or .txt") as refusal:
+        list(RecordStream(path))
+    assert str(refusal.value).isprintable()
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(RecordError, match="is no tar file that can be read") as refusal:
+        list(RecordStream(path))
+    assert str(refusal.value).isprintable()
 
 
 def test_a_tar_whose_sizes_lead_back_ends(tmp_path):
