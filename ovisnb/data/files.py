@@ -6,8 +6,11 @@ write_rows(rows, "half.jsonl")
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +20,63 @@ from ovisnb.data.record import RecordError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 """Endings of JSON lines."""
+_BUFFER = 1 << 18  # bytes that are written at once
 
 
 @contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` when the with block ends, and not if it raises."""
+    """A file to write that appears at `path` when the with block ends, and not if it raises.
+
+    A link stays a link, and its file appears. A pipe or a device is written into as it is. Raises OSError that names
+    `path` for what cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder: replace() cannot cross disks
+    with _naming(path):
+        stream = _is_stream(path)
+        real = path if stream else Path(os.path.realpath(path))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        # in the same folder: replace() cannot cross disks
+        unfinished = real if stream else real.with_name(f".{real.name}.{os.getpid()}.tmp")
+        raw = _Named(unfinished, "wb")
+    raw.shown = path
     try:
-        with unfinished.open("wb") as file:
+        with io.BufferedWriter(raw, _BUFFER) as file:
             yield file
-        os.replace(unfinished, path)
+        if not stream:
+            with _naming(path):
+                os.replace(unfinished, real)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if not stream:
+            unfinished.unlink(missing_ok=True)
+
+
+class _Named(io.FileIO):
+    """A file whose errors name the path `shown`; what else is wrong in a with block is no matter of it."""
+
+    shown: Path
+
+    def write(self, data: Any) -> int | None:
+        with _naming(self.shown):
+            return super().write(data)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror}): write elsewhere", str(path)) from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path leads to what is no file but can be written into: a pipe, a device. OSError for a folder."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    return not stat.S_ISREG(mode)
 
 
 def wants_lines(path: str | os.PathLike[str]) -> bool:
