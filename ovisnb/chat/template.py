@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
+from ovisnb.data.markup import tags_in
+
 IGNORE_INDEX = -100  # the label that torch's cross entropy skips
 
 TURN_START = "<|im_start|>"
@@ -25,11 +27,8 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant", "ignored_gpt":
 
 IMAGE = "<image>"
 VIDEO = "<video>"
-TOOL_OPEN = "<tool_response>"
-TOOL_CLOSE = "</tool_response>"
 
 _MEDIA = re.compile(f"({IMAGE}|{VIDEO})")
-_MEDIA_AND_TOOLS = re.compile(f"({IMAGE}|{VIDEO}|{TOOL_OPEN}|{TOOL_CLOSE})")
 
 
 def header(role: str) -> str:
@@ -57,29 +56,25 @@ def split_answer(text: str) -> tuple[list[tuple[str, str]], bool]:
     Returns pairs (kind, text) with the further kind "tool_response" (its tags included), and whether a tool response
     is still open at the end. Tags nest: a response lasts until its own closing tag. One that is never closed lasts to
     the end of the turn, and a closing tag without an opening one is a piece by itself, so that no tool tag and
-    nothing that a tool wrote is ever learnt.
+    nothing that a tool wrote is ever learnt. What a tag is, `ovisnb.data.markup` says: also "< TOOL_RESPONSE >".
 
     Cutting here does not change the ids of a tokenizer that has the tags as tokens (they are boundaries anyway); for
     one that spells them out, it gives the ids that a tool loop gets, which appends a response to what was sampled.
     """
-    if TOOL_OPEN not in text and TOOL_CLOSE not in text:
-        return split_media(text), False
+    tags = [tag for tag in tags_in(text) if tag.name == "tool_response"]
     pieces: list[tuple[str, str]] = []
-    depth = 0
-    for part in _MEDIA_AND_TOOLS.split(text):
-        if not part:
-            continue
-        kind = _kind(part)
-        if part == TOOL_OPEN:
-            depth += 1
-        if kind == "text" and (depth or part == TOOL_CLOSE):
-            kind = "tool_response"
-        if part == TOOL_CLOSE:
-            depth = max(0, depth - 1)
-        if pieces and kind == pieces[-1][0] == "tool_response":
-            pieces[-1] = (kind, pieces[-1][1] + part)
-        else:
-            pieces.append((kind, part))
+    depth, last = 0, 0
+    for tag in [*tags, None]:
+        between = split_media(text[last : len(text) if tag is None else tag.start])
+        found = [("tool_response" if depth and kind == "text" else kind, part) for kind, part in between]
+        if tag is not None:
+            found.append(("tool_response", text[tag.start : tag.end]))
+            depth, last = max(0, depth + (-1 if tag.closing else 1)), tag.end
+        for kind, part in found:
+            if pieces and kind == pieces[-1][0] == "tool_response":
+                pieces[-1] = (kind, pieces[-1][1] + part)
+            else:
+                pieces.append((kind, part))
     return pieces, depth > 0
 
 

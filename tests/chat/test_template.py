@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ovisnb.chat import encode
 from ovisnb.chat.template import chat_tokens, has_thinking
+from ovisnb.data.markup import unclosed
 from ovisnb.model import Ovis2_5ImageProcessor, Ovis2_5Processor
 from ovisnb.model.processing import VISUAL_TOKENS
 
@@ -67,6 +68,18 @@ def test_tool_responses_are_masked_to_the_letter_without_tags_in_the_vocabulary(
         ("answer", "a\n"),
         ("tool_response", "<tool_response>\n\nb</tool_response>"),
         ("answer", "\n\nc<|im_end|>"),
+    ]
+
+
+@pytest.mark.parametrize("tags", [("<TOOL_RESPONSE>", "</TOOL_RESPONSE>"), ("< tool_response\n>", "</tool_response >")])
+def test_what_the_checks_take_for_a_tool_response_is_masked(processor, tags):
+    text = f"x {tags[0]}R{tags[1]} y"
+    assert not unclosed(text)
+    encoded = encode(talk(("gpt", text)), processor)
+    assert spans_of(encoded, processor)[-3:] == [
+        ("answer", "x "),
+        ("tool_response", f"{tags[0]}R{tags[1]}"),
+        ("answer", " y<|im_end|>"),
     ]
 
 
