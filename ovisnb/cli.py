@@ -14,28 +14,28 @@ a mistake in the command line is exit code 2; a traceback means a fault of ours.
 from __future__ import annotations
 
 import argparse
-import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ovisnb import __version__
-from ovisnb.cli_data import add_data
+from ovisnb.cli_data import add_data, at_least, check_report, printing, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        # its flags are the settings themselves, which only Settings knows
-        if words[:1] == ["train"] and not {"-h", "--help"} & set(words):
-            return train(words[1:])
-        arguments = _parser().parse_args(words)
-        return arguments.call(arguments)
-    except KeyboardInterrupt:
+        try:
+            return _call(words)
+        finally:
+            with printing():
+                print(end="", flush=True)  # what still waits: an error is shown now, not where Python ends
+    except KeyboardInterrupt as stop:
         print("ovisnb: stopped", file=sys.stderr)
-        return 130
+        return stop.args[0] if stop.args else 130
     except (ValueError, OSError, FloatingPointError) as error:
         if not _is_meant(error):
             raise
@@ -43,18 +43,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _call(words: list[str]) -> int:
+    # its flags are the settings themselves, which only Settings knows
+    if words[:1] == ["train"] and not {"-h", "--help"} & set(words):
+        return train(words[1:])
+    arguments = _parser().parse_args(words)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return arguments.call(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """End as Ctrl-C does, which leaves no unfinished file and no running kernel."""
+    raise KeyboardInterrupt(128 + number)
+
+
 def train(words: Sequence[str]) -> int:
     """Fine-tune as a settings file and flags say, and print the run folder."""
     from ovisnb.train import Settings, run_sft
 
     settings = Settings.from_args(words)
-    print(run_sft(settings))
+    say(run_sft(settings))
     return 0
 
 
 def infer(arguments: argparse.Namespace) -> int:
     """Ask one question about one picture; print the answer, and write it as JSON if asked to."""
+    check_report(arguments, "output_json")
     from ovisnb.data import Media, open_image
+    from ovisnb.data.files import write_json
     from ovisnb.generate import Ovis25Inference
     from ovisnb.paths import resolve_model
 
@@ -62,8 +81,6 @@ def infer(arguments: argparse.Namespace) -> int:
     if not arguments.image_path.is_file():
         raise FileNotFoundError(f"there is no picture {arguments.image_path}")
     open_image(Media(path=arguments.image_path))
-    if arguments.output_json:
-        arguments.output_json.parent.mkdir(parents=True, exist_ok=True)
     ovis = Ovis25Inference(resolve_model(arguments.model_path))
     options = {
         "max_new_tokens": arguments.max_new_tokens,
@@ -76,11 +93,10 @@ def infer(arguments: argparse.Namespace) -> int:
         )
     else:
         answer = ovis.single_image_inference(arguments.image_path, arguments.question, **options)
-    print(answer.text)
+    say(answer.text)
     if arguments.output_json:
         result = {"image_path": str(arguments.image_path), "question": arguments.question, **_as_json(answer)}
-        text = json.dumps(result, ensure_ascii=False, indent=2)
-        arguments.output_json.write_text(text + "\n", encoding="utf-8")
+        write_json(result, arguments.output_json)
     return 0
 
 
@@ -92,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     notebook = resolve(arguments.notebook)
     parameters = parse_parameters(notebook, arguments.parameters)
     output = arguments.output or default_output(notebook)
-    print(run_notebook(notebook, output.absolute(), parameters))
+    say(run_notebook(notebook, output.absolute(), parameters))
     return 0
 
 
@@ -124,11 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--image_path", required=True, type=Path, help="the picture")
     command.add_argument("--question", required=True, help="what to ask about it")
     command.add_argument("--request_type", choices=("box", "point"), help="ask for coordinates of this kind")
-    command.add_argument("--max_new_tokens", type=int, help="longest answer (default: 1024, with thinking 3072)")
+    command.add_argument(
+        "--max_new_tokens", type=at_least(1), help="longest answer (default: 1024, with thinking 3072)"
+    )
     command.add_argument("--temperature", type=float, help="0: always the likeliest token (default: the checkpoint's)")
     command.add_argument("--enable_thinking", action="store_true", help="let the model think before it answers")
     command.add_argument("--output_json", type=Path, metavar="FILE", help="write the answer, its boxes and points here")
-    command.set_defaults(call=infer)
+    command.set_defaults(call=infer, parser=command)
 
     command = commands.add_parser("run", help="run a notebook, headless", allow_abbrev=False)
     command.add_argument("notebook", help="the .ipynb file")
@@ -196,8 +214,8 @@ def _is_meant(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     """The error's message on one line."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -13,8 +13,13 @@ Nothing is imported before a command needs it.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +43,17 @@ def sample(arguments: argparse.Namespace) -> int:
     from ovisnb.data.sample import make_sample
 
     path = make_sample(arguments.out, arguments.num_samples, seed=arguments.seed, kinds=arguments.kinds)
-    _say(f"{_records(arguments.num_samples)} written to {path}, their pictures to {path.stem}_images beside it")
-    _say(f"check them: ovisnb data validate {path} {path.parent}")
+    say(f"{_records(arguments.num_samples)} written to {path}, their pictures to {path.stem}_images beside it")
+    say(f"check them: ovisnb data validate {path} {path.parent}")
     return 0
 
 
 def validate(arguments: argparse.Namespace) -> int:
     """List everything that is wrong with a data file and its pictures, in one pass."""
-    _check_json(arguments)
-    if arguments.max_length is not None and arguments.model is None:
-        arguments.parser.error("--max_length counts tokens, which depend on the model: name it with --model")
+    check_report(arguments, "json")
+    _check_limits(arguments)
     from ovisnb.data.checks import validate
-    from ovisnb.data.checks.fix import fix
+    from ovisnb.data.checks.fix import clean_name, fix
     from ovisnb.data.checks.pictures import Pictures
     from ovisnb.data.files import wants_lines
 
@@ -58,17 +62,19 @@ def validate(arguments: argparse.Namespace) -> int:
         if out.exists():
             raise FileExistsError(f"{out} is there already: remove it, or give --fix another name")
         wants_lines(out)
+    if arguments.fix and arguments.json and arguments.json.resolve() == (out or clean_name(arguments.file)).resolve():
+        arguments.parser.error("--json and --fix name the same file: give one of them another name")
     options = _given(arguments, "max_length", "max_area", "against", "ignore", *_READING, *_LIMITS)
     folder = _folder(arguments)
     with Pictures(folder, max_area=arguments.max_area, contents=bool(arguments.against)) as pictures:
         options |= {"pictures": pictures, "processor": _processor(arguments.model)}
         report = validate(arguments.file, folder, **options, progress=True)
-        _say(report.text(arguments.show))
+        say(report.text(arguments.show))
         if arguments.json:
             report.write_json(arguments.json)
-            _say(f"\nall faults: {arguments.json}")
+            say(f"\nall faults: {arguments.json}")
         if arguments.fix:
-            _say("\n" + fix(arguments.file, out, folder, **options).text())
+            say("\n" + fix(arguments.file, out, folder, **options).text())
     return 0 if report.clean else 1
 
 
@@ -82,7 +88,7 @@ def split(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         arguments.parser.error(str(error))
     options = {**ratios, **_given(arguments, "seed", "output_dir", "format")}
-    _say(split(arguments.file, **options, image_folder=_folder(arguments), progress=True).text())
+    say(split(arguments.file, **options, image_folder=_folder(arguments), progress=True).text())
     return 0
 
 
@@ -93,22 +99,20 @@ def convert(arguments: argparse.Namespace) -> int:
 
     options = _given(arguments, "to", "boxes", "calls", "pictures", *_READING)
     done = convert_file(arguments.source, arguments.out, **options, image_folder=_folder(arguments))
-    _say(f"{_records(done.records)} written to {done.path}")
+    say(f"{_records(done.records)} written to {done.path}")
     if arguments.pictures and arguments.pictures.is_dir():
-        _say(f"pictures written to {arguments.pictures}: give it as the image folder of {done.path}")
+        say(f"pictures written to {arguments.pictures}: give it as the image folder of {done.path}")
     for note in done.notes[:10]:
-        _say(f"  {plain(note)}")
+        say(f"  {plain(note)}")
     if len(done.notes) > 10:
-        _say(f"  ... and {len(done.notes) - 10:,} more notes")
+        say(f"  ... and {len(done.notes) - 10:,} more notes")
     return 0
 
 
 def stats(arguments: argparse.Namespace) -> int:
     """Print the numbers of a data file: kinds, turns, pictures, boxes and, with a model, tokens."""
-    _check_json(arguments)
-    for name in ("max_length", "batch_tokens", "batch_images"):
-        if getattr(arguments, name) is not None and arguments.model is None:
-            arguments.parser.error(f"--{name} needs tokens, which depend on the model: name it with --model")
+    check_report(arguments, "json")
+    _check_limits(arguments)
     from ovisnb.data.files import write_json
     from ovisnb.data.stats import summarise_file
     from ovisnb.data.stats_text import padding_of, stats_dict, stats_text
@@ -117,7 +121,7 @@ def stats(arguments: argparse.Namespace) -> int:
     processor, folder = _processor(arguments.model), _folder(arguments)
     found = summarise_file(arguments.file, processor, image_folder=folder, **options, progress=True)
     padding = padding_of(found, arguments.batch_tokens, arguments.batch_images, arguments.max_length)
-    _say(stats_text(found, arguments.max_length, padding))
+    say(stats_text(found, arguments.max_length, padding))
     if arguments.json:
         write_json(stats_dict(found, arguments.max_length, padding), arguments.json)
     return 0
@@ -125,6 +129,13 @@ def stats(arguments: argparse.Namespace) -> int:
 
 _READING = ("format", "template")
 _LIMITS = ("min_pixels", "max_pixels", "min_frames", "max_frames")
+_TOKENS = ("max_length", "batch_tokens", "batch_images")
+_REPORTS = {
+    "validate": rb'\[\]|\[\n\{"kind": "\w+", "id": .*, "line": \w+, "message": ',
+    "stats": rb'\{\n "records": \d+,\n "kinds": \{',
+    "infer": rb'\{\n +"image_path": ',
+}
+"""How the JSON begins that a command writes."""
 
 
 def _command(parts: Any, call: Callable[[argparse.Namespace], int], help: str, **more: Any) -> argparse.ArgumentParser:
@@ -137,7 +148,7 @@ def _command(parts: Any, call: Callable[[argparse.Namespace], int], help: str, *
 def _add_sample(parts: Any) -> None:
     command = _command(parts, sample, "write a small data set to try things with")
     command.add_argument("out", metavar="OUT", type=Path, help="the .json or .jsonl file; pictures go beside it")
-    command.add_argument("--num_samples", type=int, default=20, metavar="N", help="records (default: 20)")
+    command.add_argument("--num_samples", type=at_least(1), default=20, metavar="N", help="records (default: 20)")
     command.add_argument("--seed", type=int, default=0, help="another seed, other records (default: 0)")
     command.add_argument("--kinds", nargs="+", metavar="KIND", help=f"some of {_FORMS} (default: all in turn)")
 
@@ -153,7 +164,9 @@ def _add_validate(parts: Any) -> None:
     command.add_argument("--against", nargs="+", default=[], type=Path, metavar="FILE", help=said)
     more = {"action": "extend", "default": [], "type": _kind, "metavar": "KIND"}
     command.add_argument("--ignore", nargs="+", **more, help="kinds not to report")
-    command.add_argument("--show", type=int, default=5, metavar="N", help="faults of a kind to print (default: 5)")
+    command.add_argument(
+        "--show", type=at_least(0), default=5, metavar="N", help="faults of a kind to print (default: 5)"
+    )
     _add_numbers(command, max_area="most pixels a picture may have (default: 89,478,485)")
     _add_tokens(command)
     usual = command.format_help  # only for the help: argparse shows the usage with every mistake
@@ -219,7 +232,20 @@ def _add_tokens(command: argparse.ArgumentParser) -> None:
 
 def _add_numbers(command: argparse.ArgumentParser, **options: str) -> None:
     for name, said in options.items():
-        command.add_argument(f"--{name}", type=int, metavar="N", help=said)
+        command.add_argument(f"--{name}", type=at_least(1), metavar="N", help=said)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse reads a whole number with that is `least` or more."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[-+]?\d{1,18}", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -234,11 +260,28 @@ def _kinds() -> str:
     return "\n".join(f"  {kind:<{width}}  {sentence}" for kind, sentence in KINDS.items())
 
 
-def _check_json(arguments: argparse.Namespace) -> None:
-    """Refuse a --json FILE that is one of the files that are read."""
-    out, read = arguments.json, [arguments.file, *getattr(arguments, "against", ())]
-    if out and out.exists() and any(one.exists() and out.samefile(one) for one in read):
-        arguments.parser.error(f"--json would replace {out}, which is only read: give another name")
+def check_report(arguments: argparse.Namespace, option: str) -> None:
+    """Refuse a file to write a command's JSON to that is there and was not written by that command."""
+    out = getattr(arguments, option)
+    if out is None or not (out.is_dir() or out.is_file()):
+        return
+    if out.is_file():
+        with out.open("rb") as file:
+            if re.match(rb"\s*$|" + _REPORTS[arguments.call.__name__], file.read(1 << 16)):
+                return
+    said = f"--{option} would replace {out}, which is no earlier report of this command"
+    arguments.parser.error(f"{said}: give another name, or remove it")
+
+
+def _check_limits(arguments: argparse.Namespace) -> None:
+    """Refuse limits that nothing would keep to, and those that cross."""
+    given = {name for name in (*_TOKENS, *_LIMITS) if getattr(arguments, name, None) is not None}
+    if given and arguments.model is None:
+        arguments.parser.error(f"--{min(given)} is for tokens, which depend on the model: name it with --model")
+    for what in ("pixels", "frames"):
+        least, most = getattr(arguments, f"min_{what}"), getattr(arguments, f"max_{what}")
+        if least and most and least > most:
+            arguments.parser.error(f"--min_{what} {least} is above --max_{what} {most}: swap them, or leave one out")
 
 
 def _kind(name: str) -> str:
@@ -275,7 +318,20 @@ def _records(count: int) -> str:
     return f"{count:,} {'record' if count == 1 else 'records'}"
 
 
-def _say(text: str) -> None:
+def say(text: Any) -> None:
     """Print, also where the terminal cannot show every character."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    encoding = (sys.stdout and sys.stdout.encoding) or "utf-8"  # no stdout: it was closed, and print() knows that
+    with printing():
+        print(str(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Where something is printed: a reader that has read enough (`| head -1`) ends the command, and is no fault."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try once more at its end
+        if error.errno == errno.EPIPE:
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        raise OSError(error.errno, f"what is printed cannot be written ({error.strerror})") from None

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -151,6 +152,15 @@ def test_infer_says_what_is_missing(picture, tmp_path, capsys):
     assert str(tmp_path / "empty") in complaint(capsys, *words, str(picture))
 
 
+def test_infer_replaces_no_picture(picture, tmp_path, capsys):
+    before = picture.read_bytes()
+    words = ["infer", "--question", "?", "--model_path", str(tmp_path), "--image_path", str(picture)]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--output_json", str(picture)])
+    assert end.value.code == 2 and "which is no earlier report of this command" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
 def small_notebook(folder: Path) -> Path:
     cells = [
         nbformat.v4.new_code_cell("word: str = 'a'\ntimes: int = 1", metadata={"tags": ["parameters"]}),
@@ -223,3 +233,53 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "train", stop)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "ovisnb: stopped\n"
+
+
+def started(*words, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ovisnb.cli", *map(str, words)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """A data file that takes some time."""
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho."}]
+    rows = (json.dumps({"id": f"a{number}", "kind": f"{number}", "conversations": talk}) for number in range(20_000))
+    (tmp_path / "many.jsonl").write_text("\n".join(rows))
+    return tmp_path / "many.jsonl"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_enough_is_no_fault(buffered, many):
+    many.write_text(many.read_text().replace("human", "hooman"))
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    words = ["data", "validate", many, "--show", 99_999]
+    process = started(*words, stdout=subprocess.PIPE, env=environment)
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+    process = started("--version", stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_a_closed_stdout_is_none_to_print_to(many):
+    assert started("data", "stats", many, preexec_fn=lambda: os.close(1)).communicate() == (None, "")
+
+
+def test_a_full_stdout_is_named(many):
+    with open("/dev/full", "w") as full:
+        process = started("data", "stats", many, stdout=full)
+    assert process.communicate()[1] == "ovisnb: what is printed cannot be written (No space left on device)\n"
+    assert process.returncode == 1
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_half(many, tmp_path):
+    out = tmp_path / "out" / "big.jsonl"
+    process = started("data", "convert", many, out)
+    while not out.parent.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.communicate()[1] == "ovisnb: stopped\n" and process.returncode == 143
+    assert os.listdir(out.parent) == []

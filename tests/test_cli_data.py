@@ -122,13 +122,59 @@ def test_fix_takes_a_name_that_is_free(bad, tmp_path, capsys):
     assert code == 1 and "is there already" in said
 
 
-def test_json_never_replaces_what_is_read(bad, tmp_path, capsys):
-    before = bad.read_bytes()
+def test_json_replaces_nothing_but_an_earlier_report(bad, tmp_path, capsys):
+    (tmp_path / "info.json").write_text(json.dumps({"a": {"meta_file": "bad.jsonl", "image_dir": "."}}))
+    (tmp_path / "list.json").write_text(json.dumps([{"kind": "find", "id": "a", **talk("Hi", "Ho.")}], indent=0))
+    (tmp_path / "folder").mkdir()
+    names = ("bad.jsonl", "good.png", "list.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
     for command in ("validate", "stats"):
-        code, _, said = run(capsys, command, bad, tmp_path, "--json", bad)
-        assert code == 2 and "which is only read" in said
+        for name in ("info.json", *names, "folder"):
+            for file in (bad, tmp_path / "info.json"):
+                code, printed, said = run(capsys, command, file, tmp_path, "--json", tmp_path / name)
+                assert (code, printed) == (2, "") and f"{name}, which is no earlier report of this command" in said
     assert run(capsys, "validate", PHOTOS / "photos.json", PHOTOS, "--against", bad, "--json", bad)[0] == 2
-    assert bad.read_bytes() == before
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    report, good = tmp_path / "report.json", [PHOTOS / "photos.json", PHOTOS]
+    for words in (["stats", *good], ["validate", *good], ["validate", bad, tmp_path]):
+        report.write_text("")
+        codes = {run(capsys, *words, "--json", report)[0] for _ in range(3)}
+        assert len(codes) == 1 and 2 not in codes
+    assert run(capsys, "validate", *good, "--json", report)[0] == 0 and json.loads(report.read_text()) == []
+    assert run(capsys, "validate", bad, tmp_path, "--json", report)[0] == 1
+    assert run(capsys, "stats", *good, "--json", report)[0] == 2
+
+
+def test_two_outputs_are_two_files(bad, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(".")
+    for fix in (["--fix", tmp_path / "bad_clean.jsonl"], ["--fix"]):
+        code, printed, said = run(capsys, "validate", bad, tmp_path, "--json", tmp_path / "link/bad_clean.jsonl", *fix)
+        assert (code, printed) == (2, "") and "--json and --fix name the same file" in said
+    assert not (tmp_path / "bad_clean.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["validate", "--show", "-3"], "--show: -3 is less than 0"),
+        (["validate", "--max_area", "-1"], "--max_area: -1 is less than 1"),
+        (["validate", "--model", CHECKPOINT, "--max_length", "-5"], "--max_length: -5 is less than 1"),
+        (["stats", "--model", CHECKPOINT, "--batch_tokens", "0"], "--batch_tokens: 0 is less than 1"),
+        (["stats", "--max_area", "x"], "unrecognized arguments"),
+        (["stats", "--model", CHECKPOINT, "--max_length", "many"], "'many' is no whole number"),
+        (["stats", "--model", CHECKPOINT, "--min_frames", "5", "--max_frames", "2"], "--min_frames 5 is above"),
+        (["stats", "--model", CHECKPOINT, "--min_pixels", "5", "--max_pixels", "2"], "--min_pixels 5 is above"),
+        (["stats", "--max_frames", "2"], "name it with --model"),
+        (["validate", "--min_pixels", "9"], "name it with --model"),
+        (["sample", "--num_samples", "0"], "--num_samples: 0 is less than 1"),
+        (["split", "--train_ratio", "1.2", "--val_ratio", "-0.1", "--test_ratio", "-0.1"], "train_ratio is 1.2"),
+        (["split", "--train_ratio", "nan"], "train_ratio is nan: a share is a number from 0 to 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_at_once(words, said, tmp_path, capsys):
+    command, *options = words
+    code, printed, error = run(capsys, command, tmp_path / "none.json", *options)
+    assert (code, printed) == (2, "") and said in error
 
 
 def test_the_token_limit_needs_a_model(tmp_path, capsys):

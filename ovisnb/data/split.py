@@ -79,7 +79,7 @@ def split(
     """
     path = Path(path)
     ratios = dict(zip(SPLITS, (train_ratio, val_ratio, test_ratio)))
-    check_ratios(ratios)
+    check_ratios({f"{name}_ratio": ratio for name, ratio in ratios.items()})
     if is_info(path):
         raise RecordError(f"{path} names several data sets: split their files one by one")
     rows = _Rows(path, Options(path, image_folder), format)
@@ -228,12 +228,14 @@ def _dealt(roots: list[int], ratios: Mapping[str, float], seed: int) -> tuple[li
 
 
 def check_ratios(ratios: Mapping[str, float]) -> None:
-    """ValueError unless the ratios are shares of one whole."""
-    written_out = " + ".join(f"{ratio:g}" for ratio in ratios.values())
-    if not all(0 <= ratio <= 1 for ratio in ratios.values()) or abs(sum(ratios.values()) - 1) > 1e-6:
+    """ValueError unless the ratios, by the names of their options, are shares of one whole."""
+    for name, ratio in ratios.items():
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"{name} is {ratio:g}: a share is a number from 0 to 1")
+    if abs(sum(ratios.values()) - 1) > 1e-6:
         raise ValueError(
-            f"the ratios are shares of one whole, but {written_out} is {sum(ratios.values()):g}: "
-            "give train_ratio, val_ratio and test_ratio that sum to 1"
+            f"the ratios are shares of one whole, but {' + '.join(f'{ratio:g}' for ratio in ratios.values())} is "
+            f"{sum(ratios.values()):g}: give train_ratio, val_ratio and test_ratio that sum to 1"
         )
 
 

@@ -106,7 +106,7 @@ def test_the_same_seed_gives_the_same_splits_and_another_others(tmp_path):
 @pytest.mark.parametrize("ratios", [(0.9, 0.1, 0.1), (0.5, 0.1, 0.1), (1.2, -0.1, -0.1), (float("nan"), 0.5, 0.5)])
 def test_ratios_that_are_no_shares_are_refused(tmp_path, ratios):
     path = write(tmp_path / "full.jsonl", [entry(1)])
-    with pytest.raises(ValueError, match="sum to 1"):
+    with pytest.raises(ValueError, match=r"sum to 1|train_ratio is (1\.2|nan): a share is a number from 0 to 1"):
         split(path, train_ratio=ratios[0], val_ratio=ratios[1], test_ratio=ratios[2])
     assert [file.name for file in tmp_path.iterdir()] == ["full.jsonl"]
 
