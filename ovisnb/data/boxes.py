@@ -61,6 +61,17 @@ def flaw(box: Sequence[float]) -> Literal["empty_box", "inverted_box"] | None:
     return "inverted_box" if x1 > x2 or y1 > y2 else None
 
 
+def misread(numbers: Sequence[float], of: Convention) -> str | None:
+    """What is wrong with a box or point in pixels or thousandths whose numbers are all at most 1; None for any other.
+
+    They are shares of the picture for which nobody said so. The one real box that this refuses is the corner pixel.
+    """
+    if of == "normalised" or not any(numbers) or not all(-1 <= number <= 1 for number in numbers):
+        return None
+    written = ", ".join(f"{number:g}" for number in numbers)
+    return f"is [{written}], which are shares of a picture (normalised) rather than {of}"
+
+
 def convert(box: Sequence[float], of: Convention, to: Convention, size: tuple[int, int] | None = None) -> Box:
     """`box` from one convention to another. Nothing is rounded or clipped.
 
@@ -138,8 +149,10 @@ def clip(box: Sequence[float], size: tuple[float, float] = (1, 1)) -> Box:
 def crop_bounds(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Whole pixels to cut for a pixel box: clipped to the picture, then grown to full pixels.
 
-    ValueError if nothing of the box lies inside the picture.
+    ValueError if nothing of the box lies inside the picture, or its numbers are no pixels (`misread`).
     """
+    if fault := misread(box, "pixels"):
+        raise ValueError(f"the box {fault}")
     x1, y1, x2, y2 = clip(checked(box), size)
     if x1 >= x2 or y1 >= y2:
         raise ValueError(f"the box {list(box)} lies outside the picture of {size[0]}x{size[1]} pixels")

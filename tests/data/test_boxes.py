@@ -182,3 +182,22 @@ def test_a_crop_of_a_real_picture_holds_the_pixel_that_the_box_says():
     cut = image.crop(boxes.crop_bounds(crop, image.size))
     x, y, *_ = boxes.into_crop((20, 30, 21, 31), crop)
     assert cut.getpixel((round(x), round(y))) == 255
+
+
+@pytest.mark.parametrize(
+    "numbers, of, refused",
+    [
+        ((0.1, 0.1, 0.5, 0.5), "pixels", True),
+        ((0.1, 0.1, 0.5, 0.5), "thousand", True),
+        ((0, 0, 1, 1), "pixels", True),  # the whole picture far more often than its corner pixel
+        ((0.5, 0.5), "pixels", True),
+        ((0.1, 0.1, 0.5, 0.5), "normalised", False),
+        ((0.1, 0.1, 0.5, 1.5), "pixels", False),
+        ((0, 0), "pixels", False),
+    ],
+)
+def test_shares_of_a_picture_are_no_pixels(numbers, of, refused):
+    assert bool(boxes.misread(numbers, of)) == refused
+    if refused and of == "pixels" and len(numbers) == 4:
+        with pytest.raises(ValueError, match="which are shares of a picture"):
+            boxes.crop_bounds(numbers, (640, 480))

@@ -114,6 +114,39 @@ def test_a_crowd_leaves_its_question_out(tmp_path):
     assert records[0].notes == ("no question about 'cat': annotation 3 is a crowd (iscrowd)",)
 
 
+def test_one_question_for_what_has_one_name_or_one_file(tmp_path):
+    annotations = [box(1, 18, [20, 50, 40, 20]), box(2, 7, [100, 10, 20, 30]), box(3, 18, [1, 1, 5, 5], image=2)]
+    [record, _] = coco(tmp_path, *annotations, categories=[{"id": 18, "name": "car"}, {"id": 7, "name": " car"}])
+    assert record.id == "1-18" and said(record)[1].count("<box>") == 2
+    same = [IMAGES[0], {**IMAGES[0], "id": 2}]
+    dogs, _ = coco(tmp_path, *annotations, images=same)
+    assert dogs.id == "1-18" and said(dogs)[1].count("<box>") == 2
+    with pytest.raises(RecordError, match="images 1 and 2 are one file of two sizes"):
+        coco(tmp_path, *annotations, images=[IMAGES[0], {**IMAGES[1], "file_name": "a.jpg"}])
+    captioned = [{**image, "caption": caption} for image, caption in zip(same, ("a dog", "it is left"))]
+    spans = [box(n, 1, [9, 9, 9, 9], image=n, tokens_positive=[[0, 5]]) for n in (1, 2)]
+    assert [record.id for record in coco(tmp_path, *spans, images=captioned)] == ["1-0-5", "2-0-5"]
+
+
+def test_corners_of_detectron2(tmp_path):
+    [record] = coco(tmp_path, box(1, 18, [20, 50, 60, 90], bbox_mode=0))
+    assert said(record)[1] == "<ref>dog</ref><box>(0.100,0.500),(0.300,0.900)</box>"
+
+
+@pytest.mark.parametrize(
+    "annotations, part",
+    [
+        ([box(1, 18, [1, 1, 9, 9], iscrowd=1)], "no question comes of this file: all it has are crowds"),
+        ([], "no question comes of this file"),
+        ([{"id": 1, "image_id": 1, "caption": "A dog."}], "a COCO captions file, .*read them as captions"),
+        ([{"image_id": 1, "file_name": "a.png", "segments_info": []}], "a COCO panoptic file, .*bring instances"),
+    ],
+)
+def test_a_file_of_which_no_question_comes(tmp_path, annotations, part):
+    with pytest.raises(RecordError, match=part):
+        coco(tmp_path, *annotations)
+
+
 @pytest.mark.parametrize(
     "annotation, part",
     [
@@ -184,13 +217,14 @@ def refcoco(folder, *rows, **options) -> list[Record]:
     return list(read_records(path, **options))
 
 
-def test_a_box_says_what_it_is_or_is_that_of_refcoco_if_it_fits(tmp_path):
-    with pytest.raises(RecordError, match=r'refcoco.jsonl:1: .*format="refcoco:xyxy" if these are corners'):
-        refcoco(tmp_path, REFERRED)
-    [record] = refcoco(tmp_path, {**REFERRED, "bbox": [20, 50, 40, 40]})
-    assert said(record)[1] == "<ref>left dog</ref><box>(0.100,0.500),(0.300,0.900)</box>"
-    assert "refcoco:xywh" in record.notes[0] and record.notes[0].kind == "remark"
-    assert not refcoco(tmp_path, {**REFERRED, "bbox": [20, 50, 40, 40]}, format="refcoco:xywh")[0].notes
+def test_a_box_of_which_nothing_is_said_is_an_error_whatever_its_numbers_allow(tmp_path):
+    for numbers in ([20, 50, 60, 90], [20, 50, 40, 40]):
+        said_so = r"refcoco.jsonl:1: nothing says .*--format refcoco:xywh or --format refcoco:xyxy"
+        with pytest.raises(RecordError, match=said_so):
+            refcoco(tmp_path, {**REFERRED, "bbox": numbers})
+
+
+def test_a_box_says_what_it_is(tmp_path):
     corners, sides = "<box>(0.100,0.500),(0.300,0.900)</box>", "<box>(0.100,0.500),(0.400,0.999)</box>"
     rest = {key: value for key, value in REFERRED.items() if key != "bbox"}
     for row, format, expected in [
@@ -200,6 +234,9 @@ def test_a_box_says_what_it_is_or_is_that_of_refcoco_if_it_fits(tmp_path):
         ({**rest, "box_xywh": [20, 50, 40, 40]}, None, corners),
         ({**REFERRED, "bbox_format": "XYXY_ABS"}, None, corners),
         ({**REFERRED, "bbox_mode": "xywh"}, "refcoco:xyxy", sides),  # the row knows better
+        ({**REFERRED, "bbox_mode": 0}, None, corners),
+        ({**REFERRED, "raw_anns": '{"bbox": [20, 50, 40, 40]}'}, None, corners),
+        ({**REFERRED, "raw_anns": {"bbox": [20, 50, 60, 90]}}, None, sides),
         ({**rest, "bbox": [0.1, 0.5, 0.3, 0.9]}, "refcoco:xyxy,normalised", corners),
         ({**rest, "bbox": [100, 500, 200, 400]}, "refcoco:xywh,thousand", corners),
     ]:
@@ -220,6 +257,47 @@ def test_a_question_for_each_expression(tmp_path):
         assert records[0].meta["ref_id"] == 4 and records[0].images == [Media(path="a.jpg")]
     [record] = refcoco(tmp_path, {**row, "phrase": "dogs", "bbox_xyxy": [[20, 50, 60, 90], [0, 0, 10, 10]]})
     assert said(record)[1].count("<box>") == 2
+
+
+def test_a_box_for_each_name(tmp_path):
+    row = {"image": "a.jpg", "width": 100, "height": 100, "id": 9, "bbox_xyxy": [[0, 0, 30, 40], [50, 60, 70, 80]]}
+    dog, cat = refcoco(tmp_path, {**row, "phrases": ["a dog", "the cat"]})
+    assert said(dog)[1] == "<ref>a dog</ref><box>(0.000,0.000),(0.300,0.400)</box>"
+    assert said(cat)[1] == "<ref>the cat</ref><box>(0.500,0.600),(0.700,0.800)</box>"
+    assert (dog.id, cat.id) == ("9-0", "9-1")
+    [both] = refcoco(tmp_path, {**row, "phrases": ["a dog", "a dog"]})  # one question, not two that contradict
+    assert said(both)[1].count("<box>") == 2
+    with pytest.raises(RecordError, match="`phrases` has 3 names and `bbox_xyxy` 2 boxes: give a box for each name"):
+        refcoco(tmp_path, {**row, "phrases": ["a", "b", "c"]})
+
+
+def test_shares_are_no_pixels(tmp_path):
+    row = {**REFERRED, "bbox": [0.1, 0.2, 0.5, 0.6]}
+    for format in ("refcoco:xyxy", "refcoco:xywh", "refcoco:xyxy,thousand"):
+        with pytest.raises(RecordError, match="shares of a picture .*say so .*normalised") as refusal:
+            refcoco(tmp_path, row, format=format)
+        assert refusal.value.kind == "unreadable_box"
+    assert refcoco(tmp_path, row, format="refcoco:xyxy,normalised")
+    with pytest.raises(
+        RecordError, match=r"annotation 1: its box is \[0.1, 0.1, 0.4, 0.5\], which are shares .*count pixels"
+    ):
+        coco(tmp_path, box(1, 18, [0.1, 0.1, 0.4, 0.5]))
+
+
+def test_the_rows_size_is_held_against_the_picture(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
+    images = [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 200}]
+    with pytest.raises(RecordError, match="image 1: `width` and `height` say 100x200, and the picture is 200x100"):
+        coco(tmp_path, box(1, 18, [20, 50, 40, 20]), images=images, image_folder=tmp_path)
+    assert coco(tmp_path, box(1, 18, [20, 50, 40, 20]), images=images)  # not there: the file is all that is known
+    region = {"image": "a.jpg", "phrase": "dog", "bbox_xywh": [20, 50, 40, 40], "width": 40, "height": 40}
+    for row in (region, {**region, "width": 30, "x": 25, "y": 55}):  # of Visual Genome: those of the box
+        [record] = refcoco(tmp_path, row, image_folder=tmp_path)
+        assert said(record)[1] == "<ref>dog</ref><box>(0.100,0.500),(0.300,0.900)</box>"
+        with pytest.raises(RecordError, match="there is no picture"):
+            refcoco(tmp_path, row)
+    [whole] = refcoco(tmp_path, {**region, "bbox_xywh": [0, 0, 200, 100], "width": 200, "height": 100})
+    assert said(whole)[1].endswith("<box>(0.000,0.000),(0.999,0.999)</box>")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +327,7 @@ corner = st.tuples(st.integers(0, 400), st.integers(0, 300), st.integers(1, 400)
 @given(st.lists(corner, min_size=1, max_size=4))
 def test_boxes_come_back_from_the_text(tmp_path_factory, numbers):
     size = (400, 300)
-    assume(all(x + w <= 400 and y + h <= 300 for x, y, w, h in numbers))
+    assume(all(x + w <= 400 and y + h <= 300 and max(x, y, w, h) > 1 for x, y, w, h in numbers))
     images = [{"id": 1, "file_name": "a.jpg", "width": 400, "height": 300}]
     path = write(tmp_path_factory.getbasetemp(), [box(n, 18, one) for n, one in enumerate(numbers)], images)
     [record] = read_records(path)
@@ -265,19 +343,8 @@ def test_boxes_come_back_from_the_text(tmp_path_factory, numbers):
 
 
 keys = ["images", "annotations", "categories", "id", "file_name", "width", "height", "image_id", "category_id", "bbox"]
-keys += [
-    "iscrowd",
-    "name",
-    "caption",
-    "tokens_positive",
-    "image",
-    "sent",
-    "sentences",
-    "raw",
-    "bbox_xyxy",
-    "bbox_format",
-    "video",
-]
+keys += ["iscrowd", "name", "caption", "tokens_positive", "image", "sent", "sentences", "raw", "bbox_xyxy", "video"]
+keys += ["bbox_format", "raw_anns", "segments_info"]
 values = st.recursive(
     st.none()
     | st.booleans()

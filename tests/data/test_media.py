@@ -184,10 +184,10 @@ def test_open_media_gives_images_and_frames(folder):
 def test_a_file_is_read_once_for_all_its_crops(folder, monkeypatch):
     opened, pillow_open = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, **more: opened.append(path) or pillow_open(path, **more))
-    crops = [{"path": "a.png", "box": [0, 0, n, n]} for n in (1, 2, 3)]
+    crops = [{"path": "a.png", "box": [0, 0, n, n]} for n in (2, 3, 4)]
     data = {"image": ["a.png", *crops], "conversations": [{"from": "human", "value": "<image>" * 4}]}
     images, _ = open_media(Record.from_dict(data), folder)
-    assert len(opened) == 1 and [image.width for image in images] == [40, 1, 2, 3]
+    assert len(opened) == 1 and [image.width for image in images] == [40, 2, 3, 4]
 
 
 # Formats with a mode that they hold, and the options that put an orientation into the file.

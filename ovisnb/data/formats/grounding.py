@@ -9,23 +9,26 @@
 Choices stand behind the format's name and a colon: "find" (the default) asks for boxes, "point" for their middles,
 "find,point" for both, each in a record of its own.
 
-- coco: `{"images", "annotations", "categories"}`, boxes `[x, y, width, height]` in pixels. One question for each category
-  in each picture, answered with all its boxes from top to bottom. Where one of them is a crowd (`iscrowd`),
+- coco: `{"images", "annotations", "categories"}`, boxes `[x, y, width, height]` in pixels (`"bbox_mode": 0`: corners). One
+  question for each name of a category in each picture file, answered with all boxes from top to bottom, also where two
+  entries have that name or that file. Where one of them is a crowd (`iscrowd`),
   nobody could name every one: that question is left out, and the picture's others say so in `Record.notes`. So do a
   box without area that is left out, and one reaching outside, which is cut. A picture with `caption` whose annotations
   have `tokens_positive` (the MDETR form of RefCOCO and Flickr30k) is asked about those words of the caption.
 - refcoco: rows of a picture (`image`, `image_path`, `img_path`, `file_name`, ...), what it is called (`expression`, `sent`,
-  `sentences`, `phrase`, ...; one question each) and `bbox`. Some of these files hold corners and some a corner with
-  width and height: say "xyxy" or "xywh" with the format, or name the key `bbox_xyxy` or `bbox_xywh`, or put
-  `"bbox_format": "xywh"` in the row. A `bbox` of which nothing is said is read as RefCOCO itself has it, with width and
-  height; its record says so in `Record.notes`, and one that then reaches out of its picture is an error: corners
-  do, sooner or later. "normalised" and "thousand" say that the numbers are not pixels.
+  `sentences`, `phrase`, ...; one question each) and `bbox`, one box or a list of them: several names of one box, several
+  boxes of one name, or a box for each name. Some of these files hold corners and some a corner with width and
+  height: say "xyxy" or "xywh" with the format, name the key `bbox_xyxy` or `bbox_xywh`, put `"bbox_format": "xywh"` in the
+  row, or keep the annotation of COCO beside it (`raw_anns`). A `bbox` of which nothing is said is an error: what one
+  row's numbers allow, the next row's do not. "normalised" and "thousand" say that the numbers are not pixels.
 
-The picture's size is `width` and `height` of the file, else read from the picture's header.
+The picture's size is that of its header, else (no file there) `width` and `height` of the row; an error if both are
+known and differ, because then nobody can say which of them the boxes count.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -37,7 +40,7 @@ from ovisnb.data.boxes import LARGEST, Box, format_box, format_point
 from ovisnb.data.formats.parts import cut, first_of, is_number, picture, short
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.markup import BOX_REQUEST, POINT_REQUEST
-from ovisnb.data.media import image_size
+from ovisnb.data.media import MediaError, image_size
 from ovisnb.data.record import IMAGE, Media, Note, RecordError
 
 PICTURE_KEYS = ("image", "image_path", "img_path", "file_name", "filename", "img_name", "img")
@@ -46,7 +49,11 @@ NAME_KEYS += ("referring_expression",)
 FORM_KEYS = ("bbox_format", "box_format", "bbox_mode")
 QUESTIONS, FORMS, UNITS = ("find", "point"), ("xyxy", "xywh"), ("pixels", "normalised", "thousand")
 _BOX_KEYS = {f"{key}_{form}": form for form in FORMS for key in ("bbox", "box")} | {"bbox": None, "box": None}
-_OVER = 1.01  # annotators' boxes reach a pixel or two out of the picture
+_KIN = {  # what COCO's other files have in an annotation
+    "caption": ("captions", 'write rows of {"image", "caption"}, and read them as captions'),
+    "segments_info": ("panoptic", "bring instances_*.json, or boxes made of its masks"),
+}
+_MODES = {"0": "xyxy", "1": "xywh"}  # the numbers of Detectron2's BoxMode
 
 
 def matches_coco(entry: Any) -> bool:
@@ -62,20 +69,40 @@ def matches_refcoco(entry: Any) -> bool:
 
 def coco(entry: dict, options: Options, kinds: Sequence[str] = ("find",)) -> Iterator[dict | RecordError]:
     """The questions of a COCO file, in the order of its pictures; an annotation that cannot be used is an error."""
+    found = None
+    for found in _questions_of(entry, options, kinds):
+        yield found
+    if found is None:
+        said = "no question comes of this file: all it has are crowds (`iscrowd`), or nothing: bring one with boxes"
+        yield RecordError(said, kind="no_answer")
+
+
+def _questions_of(entry: dict, options: Options, kinds: Sequence[str]) -> Iterator[Entry | RecordError]:
+    annotations = entry.get("annotations")
+    for key, (file, instead) in _KIN.items():
+        first = annotations[0] if isinstance(annotations, list) and annotations else None
+        if isinstance(first, dict) and key in first and "bbox" not in first:
+            raise RecordError(f"this is a COCO {file} file, which has no boxes: {instead}", kind="unknown_format")
     names = {known["id"]: known.get("name") for known in _objects({"categories": [], **entry}, "categories")}
-    images = _objects(entry, "images")
-    of_image: dict[Any, list[dict]] = {image["id"]: [] for image in images}
+    groups: dict[str, tuple[dict, list[dict]]] = {}  # the annotations of each file: two entries may have the same
+    group_of: dict[Any, list[dict]] = {}
+    for image in _objects(entry, "images"):
+        file = repr([image.get(key) for key in (*PICTURE_KEYS, "caption")])
+        first, group_of[image["id"]] = groups.setdefault(file, (image, []))
+        if any(image.get(key) != first.get(key) for key in ("width", "height")):
+            both = f"images {short(first['id'])} and {short(image['id'])}"
+            raise RecordError(f"{both} are one file of two sizes: correct or drop one of them")
     for annotation in _objects(entry, "annotations"):
         image = annotation.get("image_id")
-        if not _is_id(image) or image not in of_image:
+        if not _is_id(image) or image not in group_of:
             yield RecordError(
                 f"annotation {short(annotation['id'])}: there is no image {short(image)} in `images`: add it"
             )
         else:
-            of_image[image].append(annotation)
-    for image in images:
+            group_of[image].append(annotation)
+    for image, group in groups.values():
         try:
-            yield from _of_image(image, of_image[image["id"]], names, options, kinds)
+            yield from _of_image(image, group, names, options, kinds)
         except RecordError as error:
             yield error.at(f"image {short(image['id'])}")
 
@@ -87,36 +114,43 @@ def refcoco(
     picture_key, shown = first_of(entry, PICTURE_KEYS, "image")
     name_key, said = first_of(entry, NAME_KEYS, "expression")
     box_key, numbers = first_of(entry, tuple(_BOX_KEYS), "bbox")
-    form = _BOX_KEYS[box_key] or _form(entry) or form
     shown = picture(shown[0] if isinstance(shown, list) and len(shown) == 1 else shown)
-    extent = _size(entry, shown, options) if unit == "pixels" else boxes.extent(unit)
     several = isinstance(numbers, list) and bool(numbers) and isinstance(numbers[0], list)
-    found, notes = [], []
+    listed = numbers if several else [numbers]
+    form = _BOX_KEYS[box_key] or _form(entry) or _form_of_raw(entry, listed[0], box_key) or form
     if form is None:
-        assumed = f"nothing says that `{box_key}` holds width and height (refcoco:xywh): it was read as RefCOCO's do"
-        notes.append(Note(assumed, "remark"))
-    for number, one in enumerate(numbers if several else [numbers], start=1):
+        raise RecordError(
+            f"nothing says whether `{box_key}` is x, y, width, height or two corners: read the file with "
+            "--format refcoco:xywh or --format refcoco:xyxy"
+        )
+    if unit == "pixels":
+        extent = _size({} if _is_of_box(entry, listed, form) else entry, shown, options)
+    else:
+        extent = boxes.extent(unit)
+    found = []
+    for number, one in enumerate(listed, start=1):
         named = f"`{box_key}`" + (f" {number}" if several else "")
-        corners = _corners(one, form or "xywh", named)
-        if form is None and (corners.x2 > _OVER * extent[0] or corners.y2 > _OVER * extent[1]):
-            raise RecordError(
-                f"{named} {short(one)} does not fit a picture of {extent[0]}x{extent[1]} as x, y, width, height: "
-                'read the file with format="refcoco:xyxy" if these are corners, else "refcoco:xywh"'
-            )
-        box, note = _share(corners, extent, named)
+        box, note = _share(_corners(one, form, named, unit), extent, named)
         if box is None:
             raise RecordError(f"{note}: correct or drop it", kind=note.kind)
-        found.append(box)
-        notes += [note] if note else []
+        found.append((box, note))
     rest = {key: value for key, value in entry.items() if key not in (picture_key, name_key, box_key)}
     if taken := next((key for key in ("conversations", "video", "image", "objects") if key in rest), None):
         raise RecordError(f"a row of this format may not have `{taken}` beside `{picture_key}`: rename it")
-    names = _names(said, name_key)
-    for number, name in enumerate(names):
-        own = {**rest, "image": [shown]}
-        if len(names) > 1 and _is_id(rest.get("id")):
-            own["id"] = f"{rest['id']}-{number}"
-        yield from _questions("Find {the}", _name(name), found, kinds, notes, own)
+    names = [_name(name) for name in _names(said, name_key)]
+    asked = [(name, found) for name in names]
+    if len(names) > 1 and len(found) > 1:
+        if len(names) != len(found):
+            counts = f"`{name_key}` has {len(names)} names and `{box_key}` {len(found)} boxes"
+            raise RecordError(f"{counts}: give a box for each name, or one for all")
+        asked = [(name, [one for one, own in zip(found, names) if own == name]) for name in dict.fromkeys(names)]
+    for number, (name, own) in enumerate(asked):
+        row = {**rest, "image": [shown]}
+        if len(asked) > 1 and _is_id(rest.get("id")):
+            row["id"] = f"{rest['id']}-{number}"
+        yield from _questions(
+            "Find {the}", name, [box for box, _ in own], kinds, [note for _, note in own if note], row
+        )
 
 
 def _of_image(
@@ -127,23 +161,24 @@ def _of_image(
         return
     shown = picture(first_of(image, PICTURE_KEYS, "file_name")[1])
     size = _size(image, shown, options)
-    groups: dict[Any, list[dict]] = {}
-    crowds, errors = {}, []
+    groups: dict[str, list[dict]] = {}  # by name, which two categories may share
+    labels, crowds, errors = {}, {}, []
     for annotation in annotations:
         try:
-            key = _label(annotation, image, names)
+            label, name = _label(annotation, image, names)
         except RecordError as error:
             errors.append(error.at(f"annotation {short(annotation['id'])}"))
             continue
-        groups.setdefault(key, []).append(annotation)
+        groups.setdefault(name, []).append(annotation)
+        labels.setdefault(name, label)
         if annotation.get("iscrowd"):
-            crowds.setdefault(key, annotation)
+            crowds.setdefault(name, annotation)
     notes = [
         Note(f"no question about {name!r}: annotation {short(crowd['id'])} is a crowd (iscrowd)", "remark")
-        for (_, name), crowd in crowds.items()
+        for name, crowd in crowds.items()
     ]
-    for (label, name), group in groups.items():
-        if (label, name) in crowds:
+    for name, group in groups.items():
+        if name in crowds:
             continue
         try:
             found, own = _boxes(group, size)
@@ -151,7 +186,7 @@ def _of_image(
             errors.append(error)
             continue
         head = "Find {the}" if "tokens_positive" in group[0] and "caption" in image else "Find every"
-        more = {"id": f"{image['id']}-{label}", "image": [shown]}
+        more = {"id": f"{image['id']}-{labels[name]}", "image": [shown]}
         yield from _questions(head, name, found, kinds, [*notes, *own], more)
     yield from errors
 
@@ -161,7 +196,8 @@ def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box
     found, notes, unusable = [], [], None
     for annotation in annotations:
         named = f"annotation {short(annotation['id'])}: its box"
-        box, note = _share(_corners(annotation.get("bbox"), "xywh", named), size, named)
+        form = _form(annotation) or "xywh"
+        box, note = _share(_corners(annotation.get("bbox"), form, named), size, named)
         if box is None:
             unusable = note
             notes.append(Note(f"{note}: it is left out", note.kind))
@@ -211,10 +247,13 @@ def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box | Non
     return share, None if all(abs(a - b) <= slack for a, b in zip(inside, box)) else note
 
 
-def _corners(numbers: Any, form: str, named: str) -> Box:
-    """Four numbers of a file -> x1, y1, x2, y2 in the same unit."""
+def _corners(numbers: Any, form: str, named: str, unit: str = "pixels") -> Box:
+    """Four numbers of a file -> x1, y1, x2, y2 in the same `unit`."""
     if not isinstance(numbers, (list, tuple)) or len(numbers) != 4 or not all(map(is_number, numbers)):
         raise RecordError(f"{named} is {short(numbers)}: a box is four numbers", kind="unreadable_box")
+    if fault := boxes.misread(numbers, unit):
+        said = f"{named} {fault}: say so (refcoco:{form},normalised) or, in COCO's form, count pixels"
+        raise RecordError(said, kind="unreadable_box")
     x, y, *rest = numbers
     return Box(x, y, *rest) if form == "xyxy" else Box(x, y, x + rest[0], y + rest[1])
 
@@ -251,14 +290,32 @@ def _names(said: Any, key: str) -> list[Any]:
 
 
 def _size(row: dict, shown: Any, options: Options) -> tuple[int, int]:
-    """(width, height) in pixels: the file's own, else the header's."""
+    """(width, height) in pixels: the header's, else the file's own; RecordError where both are known and differ."""
     width, height = row.get("width"), row.get("height")
-    if width is None and height is None:
-        return image_size(Media.from_entry(shown), options.image_folder)
+    given = width is not None or height is not None
     for key, value in (("width", width), ("height", height)):
-        if not is_number(value) or value != int(value) or value < 1:
+        if given and (not is_number(value) or value != int(value) or value < 1):
             raise RecordError(f"`{key}` is {short(value)}: give the picture's size in pixels, or neither of the two")
-    return int(width), int(height)
+    try:
+        size = image_size(Media.from_entry(shown), options.image_folder)
+    except MediaError:
+        if not given:
+            raise
+        return int(width), int(height)
+    if given and size != (width, height):
+        raise RecordError(
+            f"`width` and `height` say {int(width)}x{int(height)}, and the picture is {size[0]}x{size[1]} as it is seen: "
+            "leave the two out if the boxes count the picture as it is seen, else count them anew"
+        )
+    return size
+
+
+def _is_of_box(row: dict, listed: Sequence[Any], form: str) -> bool:
+    """Whether `width` and `height` of a row are its box's, as in Visual Genome: no picture is as wide as such a box."""
+    if {"x", "y"} <= row.keys():
+        return True
+    sides = [row.get("width"), row.get("height")]
+    return form == "xywh" and any(one[2:] == sides and any(one[:2]) for one in listed if isinstance(one, list))
 
 
 def _form(row: dict) -> str | None:
@@ -266,10 +323,24 @@ def _form(row: dict) -> str | None:
     for key in FORM_KEYS:
         if row.get(key) is not None:
             said = str(row[key]).lower().removesuffix("_abs")
+            said = _MODES.get(said, said)
             if said in FORMS:
                 return said
             raise RecordError(f'`{key}` is {short(row[key])}: it says "xyxy" or "xywh"')
     return None
+
+
+def _form_of_raw(row: dict, numbers: Any, named: str) -> str | None:
+    """What COCO's own annotation in `raw_anns`, whose box is x, y, width, height, shows a row's box to be."""
+    raw = row.get("raw_anns")
+    try:
+        raw = json.loads(raw) if isinstance(raw, str) else raw
+        known = _corners(raw["bbox"], "xywh", "`raw_anns`")
+        return next(
+            form for form in FORMS if all(abs(a - b) < 0.5 for a, b in zip(_corners(numbers, form, named), known))
+        )
+    except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
+        return None
 
 
 def _objects(entry: dict, key: str) -> list[dict]:
