@@ -85,7 +85,10 @@ def test_slips_are_read(tmp_path, written, call):
     assert answer_of(record) == f"a <tool_call>{call}</tool_call><image> b"
 
 
-@pytest.mark.parametrize("text", ["{crop, wheat}", r"\frac{1}{2} of {x}", "{Cropped [1,2,3,4]}", "{}", "{1, 2}"])
+@pytest.mark.parametrize(
+    "text",
+    ["{crop, wheat}", r"\frac{1}{2} of {x}", "{Cropped [1,2,3]}", "{}", "{1, 2}", "{a} [1,2,3,4] {b}", "} [1,2,3,4] {"],
+)
 def test_other_braces_are_left_alone(tmp_path, text):
     [record] = read(tmp_path, asked(text))
     assert answer_of(record) == text
@@ -120,6 +123,9 @@ def test_without_the_picture_only_what_is_below_zero_is_cut(tmp_path):
         ("{Crop [1, 2, 3, 1e999]}", "outside every picture"),
         ("{Crop person 1, 2, 3, 4}", "no box"),
         ("{Crop person [1, 2, 3, 4]", "never closed"),
+        ("{Crop person {big} [10,20,30,40]} b", "{Crop person {big} [10,20,30,40]} hold a box but are no call"),
+        ("{'Crop': [10,20,30,40]}", "the braces {'Crop': [10,20,30,40]} hold a box"),
+        ("{Crop [1,1,9,9]} {Zoom person [10. 5,20,30,40]}", "{Zoom person [10. 5,20,30,40]} hold a box"),
         ("{Crop [1.001, 1, 1.002, 5]} {Crop [639.999, 1, 700, 5]}", "x1 < x2"),  # nothing is left of the second
     ],
 )
@@ -139,7 +145,9 @@ def test_what_is_no_box_is_an_error_with_its_line(tmp_path, folder, written, pro
         ({"image_path": "a.png", "QnA": [{"Q": "What?"}]}, "`A3` is missing"),
         ({"image_path": "a.png", "QnA": [{"Q": None, "A3": ""}]}, "`Q` is missing or no text"),
         ({"image_path": "a.png", "QnA": [{"Q": "", "A3": "", "image": "b"}]}, "`image` has a meaning of its own"),
-        ({"image_path": "a.png", "QnA": [{"Q": "", "A3": "<image>"}]}, "hold 2 <image>"),
+        ({"image_path": "a.png", "QnA": [{"Q": "", "A3": "<image>"}]}, "`A3` holds <image>, and"),
+        ({"image_path": "a.png", "QnA": [{"Q": "", "A3": "{Crop [1,1,9,9]}<image>"}]}, "writes a crop as {Crop label"),
+        ({"image_path": "a.png", "QnA": []}, "`QnA` has no question: write one or drop the line"),
     ],
 )
 def test_lines_of_the_wrong_shape(tmp_path, line, problem):
@@ -188,7 +196,7 @@ lines = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("name", ["back.jsonl", "back.json"])
-@given(written=st.lists(lines, max_size=4))
+@given(written=st.lists(lines, min_size=1, max_size=4))
 def test_there_and_back(tmp_path_factory, name, written):
     path = tmp_path_factory.mktemp("lines")
     (path / "train.jsonl").write_text("\n".join(map(json.dumps, written)))
@@ -198,7 +206,7 @@ def test_there_and_back(tmp_path_factory, name, written):
     assert (
         json.loads(text) if name == "back.json" else [json.loads(line) for line in text.split("\n") if line]
     ) == written
-    again = list(read_records(back)) if written else []
+    again = list(read_records(back))
     assert [record.to_dict() for record in again] == [record.to_dict() for record in records]
 
 
@@ -230,6 +238,7 @@ def test_records_of_the_tool_form_are_written_as_annotations(tmp_path):
         ({"call_coordinates": "thousand"}, "hold thousand, not pixels"),
         ({"image": [{"path": "a.png", "box": [1, 2, 3, 4]}]}, "not a whole file"),
         ({"conversations": [("human", "<image>"), ("gpt", "<tool_call>[1,2,3,4]</tool_call>")]}, "one picture and"),
+        ({"conversations": [("human", "<image>"), ("gpt", "{Crop [1,2,3,4]}")]}, "braces that would be read as a call"),
         ({"Q": 1}, "`meta` holds 'Q'"),
         ({"labels": ["{"]}, "`labels`"),
         ({"line": 3}, "`line`"),

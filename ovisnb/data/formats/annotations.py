@@ -4,7 +4,8 @@
 
 Each question becomes one record: a human turn `<image>\\nQ`, and A3 with every call written as
 `<tool_call>[x1, y1, x2, y2]</tool_call><image>`, the crop following in the turn; `{Identify [..]}`
-becomes `<tool_call>Identify [..]</tool_call>`. The word before a box is no part of the call that the
+becomes `<tool_call>Identify [..]</tool_call>`. Other braces are text, but for those that hold four
+numbers in brackets: no call that is known, an error. The word before a box is no part of the call that the
 model learns to write; it goes to `meta["labels"]`, one for each call, and back from there. Other keys
 of a question (A1, A2) go to `meta`, those of the line to `meta["line"]`; an `id` of a question names
 its record, an `id` of the line is counted up ("7-0", "7-1").
@@ -33,6 +34,7 @@ _QUESTION, _ANSWER = "Q", "A3"
 _OWN = ("kind", "box_coordinates")  # keys of a question that are the record's own
 _TAKEN = {"line", "labels", *FIELDS}.difference(_OWN)  # names that no other key of a question may have
 _PLAIN = re.compile(r"\d{1,9}(?:\.\d{1,9})?", re.ASCII)
+_BRACKETS = re.compile(r"[{}]|\[[^\[\]{}]*\]")
 _Size = Callable[[], tuple[float, float]]
 """Gives (width, height) of the picture in pixels; infinite if it cannot be read."""
 
@@ -49,6 +51,8 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
         raise RecordError("`image_path` is the path of a picture: write it as text")
     if not isinstance(questions, list):
         raise RecordError('`QnA` is a list of questions: write [{"Q": ..., "A3": ...}]')
+    if not questions:
+        raise RecordError("`QnA` has no question: write one or drop the line")
     line = {key: value for key, value in entry.items() if key not in ("image_path", "QnA")}
 
     @cache  # looked up once, and only where a call needs it
@@ -96,8 +100,11 @@ def _entry(question: Any, number: int, line: dict, path: str, size: _Size) -> En
     rest = {key: value for key, value in question.items() if key not in (_QUESTION, _ANSWER, "id")}
     if taken := next((key for key in rest if key in _TAKEN), None):
         raise RecordError(f"the key `{taken}` has a meaning of its own in a record: rename it")
-    text, labels, notes = _with_calls(question[_ANSWER], size)
-    asked = question[_QUESTION]
+    asked, answer = question[_QUESTION], question[_ANSWER]
+    if IMAGE in answer and "</tool_call>" not in answer:
+        said = f"`{_ANSWER}` holds {IMAGE}, and an annotation line writes a crop as {{Crop label [x1, y1, x2, y2]}}"
+        raise RecordError(f"{said}, whose picture follows by itself: take {IMAGE} out", kind="placeholder_count")
+    text, labels, notes = _with_calls(answer, size)
     entry = Entry(
         image=[path],
         conversations=[
@@ -126,19 +133,37 @@ def _id(question: Any, number: int, line: dict) -> Any:
 
 def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[Note]]:
     """-> (the answer with its calls as tool calls, the label of each call, what was changed)."""
-    text, labels, notes, last = "", {}, [], 0
+    text, labels, notes, last, rest = "", {}, [], 0, ""
     for call in markup.annotation_calls(answer):
         if call.problem:
             raise RecordError(call.problem, kind="unreadable_box")
         numbers, note = _numbers(call, size())
         notes += [note] if note else []
         text += answer[last : call.start]
+        rest += answer[last : call.start]
         labels[len(text)] = call.label
         text += markup.write_call(call.name, numbers) + (IMAGE if call.name == "crop" else "")
         last = call.end
     text += answer[last:]
+    if braces := _box_in_braces(rest + answer[last:]):
+        said = f"the braces {markup.short(braces)} hold a box but are no call"
+        advice = "write {Crop label [x1, y1, x2, y2]}, or the box without braces"
+        raise RecordError(f"{said}: {advice}", kind="unreadable_box")
     # An answer may hold tool calls already, and the labels count those too.
     return text, [labels.get(call.start) for call in markup.calls(text)] if labels else [], notes
+
+
+def _box_in_braces(text: str) -> str | None:
+    """The first braces that hold four numbers in brackets; None if there are none."""
+    opened, box = [], -1
+    for match in _BRACKETS.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] != "}":
+            box = match.start() if markup.read_numbers(match[0][1:-1], 4)[0] else box
+        elif opened and (start := opened.pop()) < box:
+            return text[start : match.end()]
+    return None
 
 
 def _numbers(call: markup.Call, size: tuple[float, float]) -> tuple[list[str], Note | None]:
@@ -185,6 +210,8 @@ def _question(record: Record) -> dict[str, Any]:
     labels = record.meta.get("labels") or []
     if not isinstance(labels, list) or any(label is not None and not _is_label(label) for label in labels):
         raise refused(record, "an annotation", "its `labels` in `meta` are not one word or null for each call")
+    if markup.annotation_calls(answered):
+        raise refused(record, "an annotation", "its answer holds braces that would be read as a call")
     answer, cut = _with_braces(answered, labels)
     if IMAGE in answer or crops != [box and whole.crop(box) for box in cut]:
         raise refused(record, "an annotation", "its pictures are not one picture and the crops that its calls ask for")
