@@ -10,7 +10,7 @@ import torch
 from ovisnb.chat import template
 from ovisnb.chat.template import IGNORE_INDEX, ROLES, chat_tokens
 from ovisnb.data.media import folder_of, image_size, naming, open_image
-from ovisnb.data.record import Record, Turn
+from ovisnb.data.record import Record, RecordError, Turn
 from ovisnb.data.video import frame_count, frame_size, open_frames, sample_frames
 
 REASONS = (
@@ -27,8 +27,12 @@ REASONS = (
 )
 
 
-class EncodeError(ValueError):
-    """A record that cannot become a sample; the message names the record."""
+class EncodeError(RecordError):
+    """A sound record that cannot become a sample."""
+
+
+def _refused(record: Record, said: str) -> EncodeError:
+    return EncodeError(said, kind="not_encodable", record_id=record.id, source=record.source)
 
 
 @dataclass(frozen=True)
@@ -151,16 +155,15 @@ def _check_placeholders(record: Record) -> None:
         written = sum(turn.text.count(placeholder) for turn in record.turns)
         if written != media:
             have = f"{media} {placeholder[1:-1]}{'' if media == 1 else 's'}"
-            raise EncodeError(
-                f"{record.where} has {have} but its text holds {written} {placeholder}: write one for each, in order."
-            )
+            said = f"it has {have} but its text holds {written} {placeholder}: write one for each, in order"
+            raise _refused(record, said)
 
 
 def _write_training(sample: _Sample, max_length: int | None) -> list[str]:
     """Write as many turns as fit; returns what was dropped, a sentence each."""
     record, turns = sample.record, sample.record.turns
     if all(turn.role != "gpt" for turn in turns):
-        raise EncodeError(f"{record.where} has no gpt turn, so there is nothing to learn: add one or leave it out.")
+        raise _refused(record, "it has no gpt turn, so there is nothing to learn: add one or leave it out")
     fits = None  # tokens and turns of the longest beginning within the limit that ends in an answer, or of all
     for index, turn in enumerate(turns):
         sample.add_turn(turn, index)
@@ -192,9 +195,8 @@ def _write_training(sample: _Sample, max_length: int | None) -> list[str]:
     if record.video and not sample.used("video"):
         dropped.append("With that text went the video.")
     if not any(span.supervised for span in sample.spans):
-        raise EncodeError(
-            f"{record.where} has nothing but unfinished tool responses to learn from: add an answer or leave it out."
-        )
+        said = "it has nothing but unfinished tool responses to learn from: add an answer or leave it out"
+        raise _refused(record, said)
     return dropped
 
 
@@ -210,10 +212,11 @@ def _cut_answer(sample: _Sample, turn: int, max_length: int) -> str:
                     f"The answer in turn {turn + 1} lost the last {length - end} of its tokens "
                     f"to stay within {max_length} tokens."
                 )
-    raise EncodeError(
-        f"{sample.record.where} takes {length} tokens up to the end of its first answer, and a max_length of "
-        f"{max_length} leaves nothing of that answer: raise max_length or lower max_pixels."
+    said = (
+        f"it takes {length} tokens up to the end of its first answer, and a max_length of {max_length} leaves "
+        "nothing of that answer: raise max_length or lower max_pixels"
     )
+    raise _refused(sample.record, said)
 
 
 def _write_prompt(sample: _Sample, max_length: int | None) -> None:
@@ -221,16 +224,17 @@ def _write_prompt(sample: _Sample, max_length: int | None) -> None:
     while turns and ROLES[turns[-1].role] == "assistant":
         turns.pop()
     if not turns:
-        raise EncodeError(f"{sample.record.where} has no turn before its answer: add a human turn to make a prompt.")
+        raise _refused(sample.record, "it has no turn before its answer: add a human turn to make a prompt")
     for index, turn in enumerate(turns):
         sample.add_turn(turn, index)
         sample.add_separator(turn, index)
     sample.add_header("gpt", len(turns), empty_think=not sample.options.enable_thinking)
     if max_length is not None and len(sample.ids) > max_length:
-        raise EncodeError(
-            f"the prompt of {sample.record.where} takes {len(sample.ids)} tokens, more than the max_length of "
-            f"{max_length}: raise max_length or lower max_pixels."
+        said = (
+            f"its prompt takes {len(sample.ids)} tokens, more than the max_length of {max_length}: "
+            "raise max_length or lower max_pixels"
         )
+        raise _refused(sample.record, said)
 
 
 class _Sample:

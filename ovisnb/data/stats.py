@@ -147,10 +147,8 @@ def summarise(
             _count_pictures(stats, record, folder_of(record, image_folder))
             if processor is not None:
                 _count_tokens(stats, record, processor, {"image_folder": image_folder, **limits})
-        except ValueError as error:  # RecordError, MediaError and EncodeError
-            said = " ".join(str(error).split())
-            named = repr(record.id) in said or said.startswith("record ")
-            stats.problems.add(said if named else f"{record.where}: {said}")
+        except RecordError as error:
+            stats.problems.add(" ".join(str(error.of(record.id, record.source)).split()))
     return stats
 
 

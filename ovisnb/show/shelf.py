@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ovisnb.chat import Encoded, EncodeError, encode
+from ovisnb.chat import Encoded, encode
 from ovisnb.data.checks import validate
 from ovisnb.data.checks.faults import KINDS, Fault
 from ovisnb.data.checks.record import check_entry
@@ -98,7 +98,7 @@ class Shelf:
         """
         try:
             return encode(record, processor, image_folder=self.image_folder, **options)
-        except (RecordError, EncodeError) as error:
+        except RecordError as error:
             return self.without_folders(str(error))
 
     def without_folders(self, sentence: str) -> str:

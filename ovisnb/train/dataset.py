@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ovisnb.chat import Encoded, collate, encode
+from ovisnb.data.base import where
 from ovisnb.data.local import LocalRecords
 from ovisnb.data.media import ImageFolder
 from ovisnb.data.pieces import with_line
@@ -54,10 +55,9 @@ class Encoder:
                 max_length=settings.multimodal_max_length if has_media else settings.text_max_length,
             )
         except (ValueError, OSError) as error:
-            named = str(error) if f"record {record.id!r}" in str(error) else f"{record.where}: {error}"
-            if record.source:  # of a stream, which knows the byte
-                named = named.replace(record.source, with_line(record.source))
-            raise RecordEncodingError(named) from error
+            said = error.message if isinstance(error, RecordError) else str(error)
+            place = where(record.id, with_line(record.source))  # a stream knows the byte
+            raise RecordEncodingError(f"{place}: {said}") from error
 
 
 class EncodedRecords(Dataset):

@@ -307,19 +307,19 @@ def test_a_cut_ends_at_a_whole_character(golden_processor):
 def test_a_limit_that_leaves_no_answer_is_refused(golden_processor):
     record = talk(("human", "<image>" + "a b " * 30), ("gpt", "c"), image=[picture()])
     with pytest.raises(
-        EncodeError, match=r"'r1' takes \d+ tokens .* max_length of 40 .* raise max_length or lower max_p"
+        EncodeError, match=r"'r1': it takes \d+ tokens .* max_length of 40 .* raise max_length or lower max_p"
     ):
         encode(record, golden_processor, max_length=40, **LIMITS)
-    with pytest.raises(EncodeError, match=r"prompt of record 'r1' takes \d+ tokens, more than the max_length of 40"):
+    with pytest.raises(EncodeError, match=r"record 'r1': its prompt takes \d+ tokens, more than the max_length of 40"):
         encode(record, golden_processor, max_length=40, train=False, **LIMITS)
 
 
 def test_records_with_nothing_to_learn_are_refused(golden_processor):
-    with pytest.raises(EncodeError, match="'r1' has no gpt turn"):
+    with pytest.raises(EncodeError, match="'r1': it has no gpt turn"):
         encode(talk(("human", "a"), ("ignored_gpt", "b")), golden_processor)
-    with pytest.raises(EncodeError, match="'r1' has nothing but unfinished tool responses"):
+    with pytest.raises(EncodeError, match="'r1': it has nothing but unfinished tool responses"):
         encode(talk(("gpt", "<tool_response>b")), golden_processor)
-    with pytest.raises(EncodeError, match="'r1' has no turn before its answer"):
+    with pytest.raises(EncodeError, match="'r1': it has no turn before its answer"):
         encode(talk(("gpt", "b")), golden_processor, train=False)
 
 
@@ -328,7 +328,7 @@ def test_placeholders_must_match_the_media(golden_processor):
         encode(talk(("human", "<image><image>"), ("gpt", "b"), image=[picture()]), golden_processor)
     record = Record.from_dict(talk(("human", "<image>"), ("gpt", "b"), image=[picture()]))
     record.images.clear()  # a record is checked where it is made, and its lists are lists
-    with pytest.raises(EncodeError, match="record 'r1' has 0 images but its text holds 1 <image>"):
+    with pytest.raises(EncodeError, match="record 'r1': it has 0 images but its text holds 1 <image>"):
         encode(record, golden_processor)
 
 

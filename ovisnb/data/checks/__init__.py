@@ -27,7 +27,7 @@ from ovisnb.data.checks.record import CONTROL, Checked, Picture, box_faults, che
 from ovisnb.data.checks.whole import Ledger, Others, digest
 from ovisnb.data.formats import Row, read_entries
 from ovisnb.data.formats.info import is_info, read_info
-from ovisnb.data.media import Folder, MediaError, folder_or
+from ovisnb.data.media import Folder, folder_or
 from ovisnb.data.record import Record, RecordError
 
 WINDOW = 64  # rows whose pictures are looked at while the next rows are read
@@ -281,14 +281,13 @@ def _encoder(
     processor, image_folder: Folder, max_length: int | None, limits: dict[str, Any]
 ) -> Callable[[Record], tuple[str, str] | None]:
     """A function that says why a record makes no sample within the limit: (kind, message), or None."""
-    from ovisnb.chat.encode import EncodeError, encode  # only here: it imports torch
+    from ovisnb.chat.encode import encode  # only here: it imports torch
 
     def problem(record: Record) -> tuple[str, str] | None:
         try:
             tokens = len(encode(record, processor, image_folder=image_folder, pixels=False, **limits).input_ids)
-        except (EncodeError, MediaError) as error:
-            where = f"record {record.id!r} ({record.source})"  # which the report names itself
-            return "not_encodable", str(error).removeprefix(where).removeprefix(":").strip()
+        except RecordError as error:
+            return "not_encodable", error.message
         if max_length is None or tokens <= max_length:
             return None
         return "too_long", f"takes {tokens:,} tokens, and the limit is {max_length:,}: shorten it or lower max_pixels"
