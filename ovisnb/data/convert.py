@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ovisnb.data import markup
-from ovisnb.data.boxes import Convention, checked_convention, convert_point, write_numbers
+from ovisnb.data.boxes import Convention, checked_convention, convert_point, misread, write_numbers
 from ovisnb.data.files import written
 from ovisnb.data.formats import read_records, write_records
 from ovisnb.data.formats.info import sets_of
@@ -88,6 +88,7 @@ def convert_file(
     if dst.exists() and any(path.exists() and dst.samefile(path) for path in read):
         raise RecordError(f"{dst} is one of the files that are read: give another name to write to")
     notes: list[str] = []
+    unread: list[str] = []
     count = 0
 
     def converted() -> Iterator[Record]:
@@ -95,10 +96,17 @@ def convert_file(
         for record in read_records(src, image_folder=image_folder, format=format, template=template):
             record = convert_record(record, boxes=boxes, calls=calls, image_folder=image_folder)
             notes.extend(f"{record.where}: {note}" for note in record.notes)
+            if boxes is not None:
+                answers = (turn.text for turn in record.turns if turn.role in _ANSWERS)
+                unread.extend(f"{record.where}: {found}" for found in map(markup.foreign_box, answers) if found)
             count += 1
             yield _with_files(record, image_folder, pictures)
 
     path = write_records(converted(), dst, format=to)
+    if unread:
+        many = "an answer that holds" if len(unread) == 1 else f"{len(unread):,} answers that hold"
+        form = "write boxes as <box>(x1,y1),(x2,y2)</box>"
+        notes.insert(0, f"no box was found in {many} what looks like one ({unread[0]}): {form}")
     return Converted(path, count, tuple(notes))
 
 
@@ -179,6 +187,13 @@ class _Conversion:
             raise RecordError(f"the crop {list(media.box)} is too small to be written as {self.calls}") from None
 
     def moved(self, numbers, of: Convention, to: Convention, size: Callable[[], Size]) -> list[str]:
+        try:
+            write_numbers(numbers, of)  # refuses what is no coordinate in `of`
+            if fault := misread(numbers, of):
+                raise ValueError(f"a box or point {fault}")
+        except ValueError as error:
+            said = "say what the numbers count (`box_coordinates`, `call_coordinates`), then convert"
+            raise RecordError(f"{error}: {said}") from None
         known = size() if "pixels" in (of, to) else None
         points = zip(numbers[::2], numbers[1::2])
         return write_numbers([number for point in points for number in convert_point(point, of, to, known)], to)

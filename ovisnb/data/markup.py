@@ -33,6 +33,9 @@ _BRACES = re.compile(r"\{\s{0,8}(?:crop|identify)(?![^\W\d])[^{}]*(\}?)", re.IGN
 _CALL_LIKE = re.compile(r"[\[\d]")  # "{crop, wheat}" is prose
 _COORDINATES = re.compile(r"[\s\d.,;()\[\]+\-eE]*")  # what may stand in a box whose closing tag is missing
 _SPACED_DOT = re.compile(r"(?<=\d)\s{0,8}\.\s{0,8}(?=\d)")  # "0. 483", "0 .483"
+_FOUR = re.compile(
+    r"[\[({<]\s?(?:\d{1,5}(?:\.\d{1,6})?[\s,;<>()\[\]]{1,4}){3}\d{1,5}(?:\.\d{1,6})?\s?[\])}>]", re.ASCII
+)
 _NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _SEPARATORS = str.maketrans("()[];", ",,,,,")
 _COUNT = {"box": 4, "point": 2}
@@ -173,6 +176,14 @@ def unclosed(text: str) -> list[Tag]:
                 loose.append(top)
             depth[tag.name] -= 1
     return sorted(loose + stack)
+
+
+def foreign_box(text: str) -> str | None:
+    """What looks like a box of other models in a text that holds none in tags or calls: "[10, 20, 300, 400]"."""
+    found = _FOUR.search(text)
+    if found is None or calls(text) or any(region.kind != "ref" for region in regions(text)):
+        return None
+    return found[0]
 
 
 def tags_in(text: str) -> Iterator[Tag]:

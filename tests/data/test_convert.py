@@ -96,7 +96,18 @@ def test_a_video_has_a_size(folder):
     ("record", "target", "problem"),
     [
         (talk("<image>", "<box>(0.1,0.2)</box>"), {"boxes": "pixels"}, "turn 2: the box has 2 numbers instead of 4"),
-        (talk("<image>", "<box>(64,96),(192,192)</box>"), {"boxes": "thousand"}, "turn 2: .* 64000"),
+        (talk("<image>", "<box>(64,96),(192,192)</box>"), {"boxes": "thousand"}, "turn 2: .* but got 64"),
+        (
+            talk("<image>", "<box>(221,423),(569,886)</box>"),
+            {"boxes": "pixels"},
+            "but got 221, .*`box_coordinates`",
+        ),
+        (
+            talk("<image>", "<box>(0.1,0.1),(0.5,0.5)</box>", box_coordinates="thousand"),
+            {"boxes": "pixels"},
+            "turn 2: a box or point is .*, which are shares of a picture",
+        ),
+        (talk("<image>", "<tool_call>[0,0,1,1]</tool_call>"), {"calls": "thousand"}, "which are shares of a picture"),
         (talk("<image>", "<tool_call>[1,2]</tool_call>"), {"calls": "thousand"}, "turn 2: the tool call has 2 numbers"),
         (
             talk("Hi", "<tool_call>[1,2,3,4]</tool_call>", image=None),
@@ -224,6 +235,16 @@ def test_a_broken_record_leaves_no_file(tmp_path):
         convert_file(src, dst, to="pdf")
     with pytest.raises(ValueError, match="not 'percent'"):
         convert_file(src, dst, boxes="percent")
+
+
+def test_boxes_in_no_tag_are_told(tmp_path, folder):
+    src = tmp_path / "train.jsonl"
+    answers = ['```json\n[{"bbox_2d": [10,20,300,400]}]\n```', "{<22><42><56><88>}", "It is (1), not (2).", "A cat."]
+    src.write_text("\n".join(json.dumps(talk("<image>", answer).to_dict()) for answer in answers))
+    [note] = convert_file(src, tmp_path / "out.json", boxes="normalised", image_folder=folder).notes
+    assert note.startswith("no box was found in 2 answers that hold what looks like one (record 'x' (")
+    assert "train.jsonl:1): [10,20,300,400]): write boxes as <box>" in note
+    assert not convert_file(src, tmp_path / "out.json", image_folder=folder).notes
 
 
 def test_pictures_inside_a_file_become_files(tmp_path):

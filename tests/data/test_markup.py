@@ -233,3 +233,20 @@ def test_grounding_reads_back(boxes, points):
     assert [len(one.numbers) for one in found] == [4] * len(boxes) + [2] * len(points)
     for one, numbers in zip(found, [*boxes, *points]):
         assert one.numbers == pytest.approx(numbers, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ('[{"bbox_2d": [10, 20, 300, 400]}]', "[10, 20, 300, 400]"),
+        ("{<22><42><56><88>}", "<22><42><56><88>"),
+        ("<|box_start|>(221,423), (569,886)<|box_end|>", "(221,423), (569,886)"),
+        ("at [0.1,0.2,0.3,0.4].", "[0.1,0.2,0.3,0.4]"),
+        ("<box>(0.1,0.2),(0.3,0.4)</box>", None),
+        ("<tool_call>[1,2,3,4]</tool_call>", None),
+        ("from 10, 20, 30 to 40", None),
+        ("[1, 2, 3]", None),
+    ],
+)
+def test_boxes_of_other_models(text, found):
+    assert markup.foreign_box(text) == found
