@@ -52,7 +52,7 @@ def test_written_as_ovis_writes_it():
 
 @pytest.mark.parametrize("wrong", [(12, 30, 40, 50), (math.nan, 0, 0.5, 0.5)])
 def test_pixels_are_not_written_as_normalised(wrong):
-    with pytest.raises(ValueError, match="which counts 0 to 1000 or pixels"):
+    with pytest.raises(ValueError, match="which counts pixels or 0 to 1000"):
         boxes.format_box(wrong)
 
 
