@@ -124,7 +124,7 @@ def stats(arguments: argparse.Namespace) -> int:
     say(stats_text(found, arguments.max_length, padding))
     if arguments.json:
         write_json(stats_dict(found, arguments.max_length, padding), arguments.json)
-    return 0
+    return 0 if found.records else 1
 
 
 _READING = ("format", "template")

@@ -288,4 +288,6 @@ def test_one_record_is_no_records_and_pictures_say_where_they_are(tmp_path, caps
     assert "1 record written" in printed and "groups that share no picture: 1;" in printed
     (tmp_path / "none.json").write_text("[]")
     assert cli.main(["data", "split", str(tmp_path / "none.json")]) == 1
-    assert "holds no records" in capsys.readouterr().err
+    assert "holds no record" in capsys.readouterr().err
+    (tmp_path / "broken.jsonl").write_text("{\n{")
+    assert cli.main(["data", "stats", str(tmp_path / "broken.jsonl")]) == 1

@@ -28,8 +28,9 @@ from typing import Any
 from ovisnb.data.files import written
 from ovisnb.data.formats import Options, read_entries, to_record
 from ovisnb.data.formats.info import DataSet, mixed, sets_of
+from ovisnb.data.formats.rows import kind_of
 from ovisnb.data.media import Folder
-from ovisnb.data.pieces import files_of, kind_of
+from ovisnb.data.pieces import files_of
 from ovisnb.data.record import Record, RecordError
 
 _BATCH_ROWS, _BATCH_BYTES = 1000, 8 << 20

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from ovisnb.data import tar
 from ovisnb.data.formats import Options, Row, entries_of, reader_of
-from ovisnb.data.formats.rows import is_lines, line_rows
+from ovisnb.data.formats.rows import line_rows
 from ovisnb.data.media import shown
 from ovisnb.data.record import RecordError
 
@@ -92,18 +92,6 @@ def files_of(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
             raise RecordError(f"no file has a name like {text}: correct the pattern")
         files += map(Path, found)
     return files
-
-
-def kind_of(path: Path) -> str:
-    """What a file is, told by its contents: "lines", "parquet", "tar", or "document", which has no pieces."""
-    if not path.is_file():
-        raise RecordError(f"there is no data file at {path}: give the path of a .jsonl, .parquet or .tar file")
-    with open(path, "rb") as file:
-        head = file.read(512)
-        file.seek(0)
-        if head.startswith(b"PAR1"):
-            return "parquet"
-        return "tar" if tar.is_tar(head) else "lines" if is_lines(file, path) else "document"
 
 
 def cut(files: Sequence[File]) -> list[Piece]:

@@ -26,8 +26,8 @@ from ovisnb.data.checks.pictures import file_number, number_of
 from ovisnb.data.files import to_json, written, written_rows
 from ovisnb.data.formats import Options, entries_of, read_rows, reader_of
 from ovisnb.data.formats.info import is_info
+from ovisnb.data.formats.rows import kind_of
 from ovisnb.data.media import Folder, MediaError, find_file
-from ovisnb.data.pieces import kind_of
 from ovisnb.data.record import RecordError
 
 SPLITS = ("train", "val", "test")
@@ -90,7 +90,7 @@ def split(
         groups.add(picture for entry in entries for picture in _pictures(entry))
     places, sizes = _dealt(groups.roots(), ratios, seed)
     if not places:
-        raise RecordError(f"{path} holds no records: there is nothing to split")
+        raise RecordError(f"{path} holds no record: there is nothing to split")
     folder = path.parent if output_dir is None else Path(output_dir)
     files = {name: folder / f"{path.stem}_{name}{path.suffix}" for name in SPLITS}
     paths = {name: file for name, file in files.items() if ratios[name]}

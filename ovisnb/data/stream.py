@@ -23,8 +23,9 @@ from typing import Any
 from ovisnb.data import tar
 from ovisnb.data.formats import to_record
 from ovisnb.data.formats.info import DataSet, sets_of
+from ovisnb.data.formats.rows import kind_of
 from ovisnb.data.media import Folder
-from ovisnb.data.pieces import Example, File, Piece, cut, files_of, kind_of, read_piece, with_line
+from ovisnb.data.pieces import Example, File, Piece, cut, files_of, read_piece, with_line
 from ovisnb.data.record import Record, RecordError
 
 

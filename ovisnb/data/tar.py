@@ -25,9 +25,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ovisnb.data.formats import Options, Reader, Row, entries_of
 from ovisnb.data.formats.grounding import PICTURE_KEYS, matches_refcoco
 from ovisnb.data.formats.parts import first_of
-from ovisnb.data.formats.rows import Row
 from ovisnb.data.media import reason, shown
 from ovisnb.data.record import VIDEO, VIDEO_SUFFIXES, RecordError
 
@@ -69,11 +69,6 @@ class Sample(NamedTuple):
     """The endings of other members, which are not read."""
 
 
-def is_tar(head: bytes) -> bool:
-    """Whether the first 512 bytes of a file are those of a tar."""
-    return len(head) == 512 and head[257:262] == b"ustar"
-
-
 def samples(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
     """The samples of a tar, in order; RecordError, one sentence, for a tar that is damaged.
 
@@ -90,6 +85,17 @@ def row(path: Path, sample: Sample, number: int) -> Row:
         return Row(number, _entry(sample))
     except RecordError as error:
         return Row(number, None, error)
+
+
+def tar_entries(path: Path, reader: Reader | None, options: Options) -> Iterator[Row]:
+    """The samples of a tar as `read_entries` gives rows, with the bytes of their pictures; a line is their number."""
+    for number, sample in enumerate(samples(path), start=1):
+        for found in entries_of([row(path, sample, number)], reader, options):
+            try:
+                entry = found.entry
+                yield found._replace(entry=with_pictures(entry, sample.pictures) if isinstance(entry, dict) else entry)
+            except RecordError as error:
+                yield Row(number, None, error)
 
 
 @functools.lru_cache(maxsize=4)

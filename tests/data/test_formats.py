@@ -116,7 +116,7 @@ def test_broken_line_is_named_after_the_good_ones_were_given(tmp_path):
         (json.dumps(ENTRIES) + "\n\n,", 3, "Extra data"),
         ('{"conversations": [\n' + json.dumps(ENTRIES[0]) + '\n], "n": }', 3, "Expecting value"),
         ('{"a" 1}', 1, "Expecting"),
-        ("\n\nhello", 3, "Expecting a list or an object"),
+        ("\n\nhello", 3, "no JSON, for it begins with 'hello'"),
         ("[" * 100_000, 1, "nested too deeply"),
         ("[\n" + "1" * 5000 + "]", None, "cannot be read"),
         ('{"id": "a",\n "conversations": [{"from": "human", "value": 3}]}', 1, "turn 1: its value is text"),
@@ -135,13 +135,13 @@ def test_broken_document_names_the_line(tmp_path, text, line, part):
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(RecordError, match="there is no data file at .*nowhere.json"):
         read_records(tmp_path / "nowhere.json")  # at once, not at the first record
-    with pytest.raises(RecordError, match="there is no data file"):
+    with pytest.raises(RecordError, match="is a folder"):
         read_records(tmp_path)
     for content in (b"", b" \n\n", codecs.BOM_UTF8):
         (tmp_path / "empty.json").write_bytes(content)
         assert "empty.json is empty" in told(tmp_path / "empty.json")
     (tmp_path / "none.json").write_text("[]")
-    assert list(read_records(tmp_path / "none.json")) == []
+    assert "none.json holds no record" in told(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("name, line", [("a.jsonl", 2), ("a.json", 3)])
@@ -162,13 +162,13 @@ def test_text_that_is_not_utf8(tmp_path, name, line):
             images=st.just([Media(path="a b.jpg", box=(1, 2, 3.5, 4))]),
             meta=st.dictionaries(st.sampled_from("abc"), st.integers() | st.text("xé\u2028\n", max_size=4)),
         ),
+        min_size=1,
         max_size=4,
     )
 )
 def test_written_records_are_read_back(tmp_path_factory, name, records):
     path = write_records(records, tmp_path_factory.mktemp("out") / name)
-    back = list(read_records(path)) if path.stat().st_size else []
-    assert [record.to_dict() for record in back] == [record.to_dict() for record in records]
+    assert [record.to_dict() for record in read_records(path)] == [record.to_dict() for record in records]
     if name == "out.json":
         assert json.loads(path.read_text("utf-8")) == [record.to_dict() for record in records]
 
@@ -305,7 +305,7 @@ def test_any_bytes_are_rows_or_problems(tmp_path_factory, data, suffix):
         for row in read_rows(path):
             assert 1 <= row.line <= lines and (row.problem is None or "\n" not in row.problem)
     except RecordError as error:
-        assert "is empty" in str(error) or "is no parquet file" in str(error)
+        assert any(said in str(error) for said in ("is empty", "is no parquet file", "by its first bytes"))
     try:
         list(read_records(path))
     except RecordError as error:

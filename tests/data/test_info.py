@@ -103,7 +103,7 @@ def test_a_set_without_records_cannot_be_mixed(tmp_path):
     (tmp_path / "none.json").write_text("[]")
     lines(tmp_path, "a.jsonl", 3)
     path = info(tmp_path, a={"meta_file": "a.jsonl", "weight": 1}, none={"meta_file": "none.json", "weight": 1})
-    assert "a data set with a weight holds no record" in told(path)
+    assert "none.json holds no record" in told(path)
 
 
 def test_each_set_has_its_own_folder_format_and_template(tmp_path):

@@ -137,7 +137,7 @@ medias = st.sampled_from(
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(texts, texts, st.none() | medias, meta), max_size=5))
+@given(st.lists(st.tuples(texts, texts, st.none() | medias, meta), min_size=1, max_size=5))
 def test_any_records_come_back(tmp_path_factory, drawn):
     records = [
         Record(
@@ -187,7 +187,8 @@ def test_datasets_knows_the_pictures(tmp_path):
 
 def test_no_rows(tmp_path):
     write_parquet([], tmp_path / "a.parquet")
-    assert list(read_records(tmp_path / "a.parquet")) == []
+    with pytest.raises(RecordError, match="a.parquet holds no record"):
+        list(read_records(tmp_path / "a.parquet"))
 
 
 def test_json_lines_and_parquet_give_the_same(tmp_path):

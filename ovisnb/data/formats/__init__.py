@@ -32,7 +32,7 @@ from ovisnb.data.formats.info import READER as INFO
 from ovisnb.data.formats.messages import READER as MESSAGES
 from ovisnb.data.formats.records import READER as RECORDS
 from ovisnb.data.formats.records import crops_noted
-from ovisnb.data.formats.rows import Entry, Options, Reader, Row, read_rows
+from ovisnb.data.formats.rows import Entry, Options, Reader, Row, kind_of, read_rows, some
 from ovisnb.data.record import Record, RecordError
 
 __all__ = ["READERS", "Entry", "Options", "Reader", "Row", "read_entries", "read_records", "read_rows", "write_records"]
@@ -82,9 +82,13 @@ def read_entries(
 
     A row that cannot be read is a `Row` with an error, and those after it follow.
     """
-    rows = read_rows(path)
-    reader = None if format is None else reader_of(format)
-    return entries_of(rows, reader, Options(Path(path), image_folder, template))
+    path, reader = Path(path), None if format is None else reader_of(format)
+    options = Options(path, image_folder, template)
+    if kind_of(path) == "tar":
+        from ovisnb.data.tar import tar_entries  # which leans on this package
+
+        return some(tar_entries(path, reader, options), path)
+    return some(entries_of(read_rows(path), reader, options), path)
 
 
 def to_record(entry: Mapping[str, Any], *, source: str, index: int, options: Options) -> Record:
@@ -184,11 +188,12 @@ def _json_rows(records: Iterable[Record], reader: Reader) -> Iterator[bytes]:
         try:
             yield to_json(row)
         except (TypeError, ValueError, RecursionError) as error:
-            raise RecordError(
-                f"record {taken[0].id!r} ({taken[0].source or 'made in memory'}) cannot be written as JSON ({error}): "
-                "save pictures as files (`ovisnb data convert` does, with --pictures DIR), and keep `meta` to numbers, "
-                "text, lists and dicts"
-            ) from None
+            advice = "repair the record, whose numbers or text are none of JSON's (NaN, half a character)"
+            if isinstance(error, TypeError):  # bytes, say
+                advice = "save pictures as files (`ovisnb data convert` does, with --pictures DIR), and keep `meta` to "
+                advice += "numbers, text, lists and dicts"
+            named = f"record {taken[0].id!r} ({taken[0].source or 'made in memory'})"
+            raise RecordError(f"{named} cannot be written as JSON ({error}): {advice}") from None
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ovisnb.data.formats.parts import is_number
-from ovisnb.data.formats.rows import Entry, Options, Reader, Row, read_rows
+from ovisnb.data.formats.rows import Entry, Options, Reader, Row, data_file, read_rows, some
 from ovisnb.data.media import Folder, folder_or
 from ovisnb.data.record import RecordError
 
@@ -108,7 +108,7 @@ def is_info(path: str | os.PathLike[str]) -> bool:
 def _object(path: Path) -> Any:
     """The JSON value in a file, None where it is too large for a data-info file; RecordError if it cannot be read."""
     try:
-        return json.loads(path.read_text("utf-8-sig")) if path.stat().st_size <= _LARGEST else None
+        return json.loads(data_file(path).read_text("utf-8-sig")) if path.stat().st_size <= _LARGEST else None
     except OSError as error:
         raise RecordError(f"the data-info file {path} cannot be read ({error.strerror}): give its path") from None
     except (ValueError, RecursionError) as error:
@@ -248,7 +248,8 @@ def _entries_of(data_set: DataSet, options: Options) -> Iterator[Entry | RecordE
         )
     except RecordError as error:
         raise error.at(f"the data set {data_set.name!r}") from None
-    for index, (line, entry, error) in enumerate(formats.entries_of(rows, reader, options)):
+    entries = some(formats.entries_of(rows, reader, options), data_set.path)
+    for index, (line, entry, error) in enumerate(entries):
         source = f"{data_set.path}:{line}"
         if error is None and not isinstance(entry, dict):
             error = RecordError("a row is an object")

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ovisnb.data.files import LINES_SUFFIXES
 from ovisnb.data.record import FIELDS, Entry, Record, RecordError
@@ -31,6 +31,24 @@ from ovisnb.data.record import FIELDS, Entry, Record, RecordError
 _BOM = b"\xef\xbb\xbf"
 _BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
 _PARQUET = b"PAR1"
+_UNPACK = "unpack it, and give the data file in it"
+_ARROW = "an Arrow file", "write it as parquet (`to_parquet` of a Hugging Face data set)"
+_PICKLE = "a Python pickle", "what is pickled is never loaded here, write JSON lines"
+_PICTURE = "a picture", "give the data file that lists it"
+_FOREIGN = (
+    (b"PK\x03\x04", "a zip archive", _UNPACK),
+    (b"\x1f\x8b", "compressed with gzip", _UNPACK),
+    (b"BZh", "compressed with bzip2", _UNPACK),
+    (b"\xfd7zXZ\0", "compressed with xz", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK),
+    (b"ARROW1", *_ARROW),
+    (b"\xff\xff\xff\xff", *_ARROW),  # a stream of it, as data sets of Hugging Face lie on the disk
+    *((bytes([0x80, version]), *_PICKLE) for version in range(2, 6)),
+    (b"\x89PNG", *_PICTURE),
+    (b"\xff\xd8\xff", *_PICTURE),
+)
+"""How files begin that are no data files, what they are, and what to do."""
+_T = TypeVar("_T")
 _decode = json.JSONDecoder().raw_decode
 _space = re.compile(r"[ \t\n\r]*").match
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
@@ -83,29 +101,68 @@ class Reader:
 def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
     """The rows of a data file, in order, broken ones as a `Row` with an error.
 
-    Raises RecordError for a file that is missing (at once), empty, or cannot be read at all.
+    Raises RecordError for a file that is missing or none of ours (at once), empty, or cannot be read at all.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecordError(f"there is no data file at {path}: give the path of a .json, .jsonl or .parquet file")
-    return _rows(path)
+    kind = kind_of(path)
+    if kind == "tar":
+        raise RecordError(f"{path} is a tar: `ovisnb data convert` writes it as a data file, with --pictures DIR")
+    return _rows(path, kind)
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        start = file.read(len(_PARQUET))
-        parquet = start == _PARQUET
+def data_file(path: str | os.PathLike[str]) -> Path:
+    """The path, if it leads to a file; RecordError, one sentence, if not. A pipe is not opened: it may never end."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise RecordError(f"{path} is a folder: give the data file in it")
+    if path.exists():
+        raise RecordError(f"{path} is a pipe or a device, and a data file is read more than once: save it as a file")
+    raise RecordError(f"there is no data file at {path}: give the path of a .json, .jsonl, .parquet or .tar file")
+
+
+def kind_of(path: Path) -> str:
+    """What a data file is, told by its contents: "lines", "document" (other JSON), "parquet" or "tar".
+
+    Raises RecordError, one sentence, for what is no data file: a folder, a zip archive, ...
+    """
+    with data_file(path).open("rb") as file:
+        head = file.read(512)
         file.seek(0)
-        if start.startswith(_BOMS_16):
+        for start, what, advice in _FOREIGN:
+            if head.startswith(start):
+                raise RecordError(f"{path} is {what}, by its first bytes: {advice}")
+        if head.startswith(_PARQUET):
+            return "parquet"
+        if head[257:262] == b"ustar":
+            return "tar"
+        return "lines" if is_lines(file, path) else "document"
+
+
+def some(rows: Iterable[_T], path: Path) -> Iterator[_T]:
+    """The rows; RecordError if there are none."""
+    rows = iter(rows)
+    for row in rows:
+        yield row
+        yield from rows
+        return
+    raise RecordError(f"{path} holds no record: a data file holds at least one")
+
+
+def _rows(path: Path, kind: str) -> Iterator[Row]:
+    if kind == "parquet":
+        from ovisnb.data.formats.parquet import parquet_rows  # needs pyarrow, which JSON does not
+
+        yield from parquet_rows(path)
+        return
+    with path.open("rb") as file:
+        if file.read(2) in _BOMS_16:
             said = "not UTF-8 but UTF-16, by its first bytes: save the file as UTF-8"
             yield Row(1, None, RecordError(said, kind="not_utf8"))
             return
-        if not parquet:
-            yield from line_rows(file) if is_lines(file, path) else _document_rows(file, path)
-            return
-    from ovisnb.data.formats.parquet import parquet_rows  # needs pyarrow, which JSON does not
-
-    yield from parquet_rows(path)
+        file.seek(0)
+        yield from line_rows(file) if kind == "lines" else _document_rows(file, path)
 
 
 def is_lines(file: BinaryIO, path: Path) -> bool:
@@ -184,7 +241,10 @@ class _Document:
             elif text.startswith("{", start):
                 end = yield from self.object(start)
             else:
-                raise json.JSONDecodeError("Expecting a list or an object", text, start)
+                said = f"no JSON, for it begins with {text[start : start + 20]!r}: "
+                said += "a data file is JSON lines, a JSON list or a parquet file"
+                yield _Found(start, start, None, RecordError(said, kind="broken_json"))
+                return
             if end is not None and end != len(text):
                 raise json.JSONDecodeError("Extra data", text, end)
         except (ValueError, RecursionError) as error:
@@ -314,7 +374,8 @@ def _broken(error: Exception, column: int | None = None, lost: str = "") -> Reco
     elif isinstance(error, RecursionError):
         said = "JSON nested too deeply to read: flatten this record"
     else:
-        said = f"JSON that cannot be read ({error}): repair or drop this line"
+        reason = str(error).partition(":")[0]  # of very many digits; what follows is advice to programmers
+        said = f"JSON that cannot be read ({reason}): repair or drop this line"
     return RecordError(said + lost, kind="broken_json")
 
 
