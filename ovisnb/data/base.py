@@ -27,6 +27,7 @@ IMAGE, VIDEO = "<image>", "<video>"
 OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
 # What marks an entry of `video` as a video file rather than a picture of one frame.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how JPEG, PNG, GIF and WebP begin
 
 
 class RecordError(ValueError):
@@ -151,6 +152,11 @@ class Media(Frozen):
             raise RecordError("a picture needs a path, an image or data (one of them)")
         if self.path is not None and not self.path.strip():
             raise RecordError("a picture's path is empty")
+        if self.path is not None and len(self.path) > 100 and self.path.startswith(_BASE64):
+            said = (
+                "is the picture itself, as base64, and not its path: save it as a file, or its bytes in a parquet file"
+            )
+            raise RecordError(f"{self.path[:12]}... {said}")
         return self
 
     @property

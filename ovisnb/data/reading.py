@@ -16,11 +16,13 @@ from pathlib import PurePath
 from typing import Any
 
 from ovisnb.data import markup
-from ovisnb.data.base import IMAGE, VIDEO, Entry, Media, RecordError, Turn, kind_of, known_role
+from ovisnb.data.base import IMAGE, VIDEO, Entry, Media, Note, RecordError, Turn, kind_of, known_role
 from ovisnb.data.boxes import CONVENTIONS
+from ovisnb.data.keys import UNREAD, holds, role_of, told, unread
 
 # Keys of a data file with a meaning here; every other key is kept in `meta`.
 FIELDS = ("id", "image", "video", "kind", "box_coordinates", "call_coordinates", "conversations")
+_NAMED = re.compile(r"<img>[^<>]{1,400}</img>")  # Qwen-VL's form of a picture in text
 _UNREAD = Media(path="unread")  # stands in for a picture entry that cannot be read
 
 
@@ -41,6 +43,8 @@ class Reading:
         """All that is wrong. If nothing is but placeholders that do not match, it is `Record` that says so."""
         self.uncut: list[RecordError] = []
         """Why crops cannot be cut as their calls say, apart from `problems`: the text can be read all the same."""
+        self.notes: list[Note] = []
+        """What reading passed over."""
         self.said: list[tuple[str | None, str | None]] = []
         """(role, text) of each turn; None for what is not there. An unknown role that means one of ours counts as it."""
         self.turns: list[Turn] = []
@@ -57,6 +61,9 @@ class Reading:
         self.images = self._read_media("image") or []
         self.video = self._read_media("video")
         self._read_options()
+        for key, advice in UNREAD.items():
+            if holds(data.get(key)):
+                self._add(RecordError(f"the key `{key}` is not read: {advice}", kind="unknown_key"))
         self.meta = {key: value for key, value in data.items() if key not in FIELDS}
         self._whole_images = self._match()
 
@@ -105,12 +112,22 @@ class Reading:
         else:
             for number, turn in enumerate(turns, start=1):
                 try:
-                    read = Turn(role=turn["from"], text=turn["value"])
+                    read = self._turn(turn, f"turn {number}")
                 except (RecordError, TypeError, LookupError) as error:
                     self._refuse_turn(number, turn, error)
                 else:
                     self.turns.append(read)
                     self.said.append((read.role, read.text))
+
+    def _turn(self, turn: Any, place: str) -> Turn:
+        read = Turn(role=turn["from"], text=turn["value"])
+        if read.role == "human" and (named := "<img>" in read.text and _NAMED.search(read.text)):
+            said = f"{named[0]} names a picture: list it under `image`, and write {IMAGE} there"
+            raise RecordError(said, kind="placeholder_count")
+        if len(turn) == 2:
+            return read
+        self.notes += told(unread(turn, ("from", "value")), place)
+        return Turn(role=role_of(turn, read.role), text=read.text)
 
     def _refuse_turn(self, number: int, turn: Any, error: Exception) -> None:
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)

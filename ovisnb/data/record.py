@@ -86,9 +86,9 @@ class Record(Frozen):
     def of(cls, reading: Reading) -> Record:
         """The record of an entry that was read; raises the first of its problems, a RecordError."""
         record = cls(**reading.fields())
-        entry = reading.data
-        if isinstance(entry, Entry) and (entry.notes or entry.folder):
-            return record.model_copy(update={"notes": entry.notes, "folder": entry.folder})
+        entry = reading.data if isinstance(reading.data, Entry) else Entry()
+        if entry.notes or entry.folder or reading.notes:
+            return record.model_copy(update={"notes": (*entry.notes, *reading.notes), "folder": entry.folder})
         return record
 
     def to_dict(self) -> dict[str, Any]:

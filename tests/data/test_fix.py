@@ -132,7 +132,7 @@ def test_pictures_are_left_as_they_are(folder):
 
 
 def test_a_misspelt_key_gets_its_name_if_that_makes_the_record_sound(folder):
-    [good] = cleaned(folder, talk(images="good.png", id="a"), talk("Hi", images="good.png", id="b"))
+    [good] = cleaned(folder, talk(imag="good.png", id="a"), talk("Hi", imag="good.png", id="b"))
     assert good["image"] == "good.png" and [kind for kind, *_ in said(cleaned.fixed.left_out)] == ["unknown_key"]
 
 
@@ -170,7 +170,7 @@ def test_nothing_left_is_an_empty_copy(folder):
 
 
 def test_ignored_kinds_stay(folder):
-    found = cleaned(folder, talk("Hi", box_of(0.3, 0.2, 0.1, 0.4), id="a"), ignore=["inverted_box"])
+    found = cleaned(folder, talk(answer=box_of(0.3, 0.2, 0.1, 0.4), image="good.png", id="a"), ignore=["inverted_box"])
     assert len(found) == 1 and cleaned.fixed.repaired.clean and cleaned.fixed.left_out.clean
 
 

@@ -85,6 +85,9 @@ def test_pictures_that_no_part_places_go_before_the_first_user_message(tmp_path)
 def test_pictures_go_where_plain_text_says(tmp_path):
     record = one(tmp_path, user("See <image> and"), user("<image>?"), images=["a.png", "b.png"])
     assert texts(record) == ["See <image> and", "<image>?"] and record.notes == ()
+    for turns in ([user("q"), assistant("the <image> tag")], [{"role": "system", "content": "<image>"}, user("q")]):
+        said = refused(tmp_path, {"messages": turns, "images": ["a.png"]})
+        assert "write <image> in the user message that the image belongs to" in said
     row = {"messages": [user("See <image>")], "images": ["a.png", "b.png"]}
     assert "the turns hold 1 <image> but `image` lists 2" in refused(tmp_path, row)
 
@@ -140,7 +143,7 @@ def test_the_index_of_a_part_says_which_picture(tmp_path):
         ({"messages": [user({"type": "audio"})]}, "part 1: it has the type 'audio'"),
         ({"messages": [user("x", "y")]}, "part 1: it is not of the form"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "the role 'boss': use system, user, assistant or tool"),
-        ({"messages": [{"role": "user"}]}, "message 1 of `messages` is not of the form"),
+        ({"messages": [{"role": "user"}]}, "message 1 of `messages`: it is not of the form"),
         ({"messages": "x"}, "`messages` is a list of messages"),
         ({"messages": []}, "the conversation has no turns"),
         ({"chosen": "a", "rejected": "b"}, "`chosen` is text, and there is no `prompt` that it answers"),
@@ -198,6 +201,11 @@ def test_prompt_and_completion(tmp_path):
     assert texts(record) == ["<image>\n2 + 2?"] and record.meta == {"solution": "4"}
     [record] = read(tmp_path, {"prompt": "a topic", "messages": [user("q")]})
     assert texts(record) == ["q"] and record.meta == {"prompt": "a topic"}
+    assert record.notes == ("the row has `messages` and `prompt`: only `messages` is read",)
+    assert record.notes[0].kind == "remark"
+    [record] = read(tmp_path, {"prompt": "2 + 2?", "answer": "4"})
+    assert texts(record) == ["2 + 2?"] and record.meta == {"answer": "4"}
+    assert record.notes == ("`answer` is only kept in `meta`: name it `completion` if it is the answer to learn",)
 
 
 def test_of_preferences_the_chosen_answer_is_read(tmp_path):
@@ -272,7 +280,12 @@ def conversations(draw) -> Record:
 @settings(deadline=None)  # pyarrow is imported on the way
 @given(record=conversations())
 def test_there_and_back(tmp_path_factory, name, record):
-    path = write_records([record], tmp_path_factory.getbasetemp() / name, format="messages")
+    path = tmp_path_factory.getbasetemp() / name
+    try:
+        write_records([record], path, format="messages")
+    except RecordError as error:
+        assert "inside a line of an answer" in str(error)
+        return
     [again] = read_records(path)
     assert again.to_dict() == record.to_dict() and again.notes == ()
 

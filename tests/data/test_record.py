@@ -138,7 +138,7 @@ def test_more_placeholders_than_pictures():
     calls = "<tool_call>Crop [1,2,3,4]</tool_call><image>" * 2
     sentence = told(talk(("human", "<image>"), ("gpt", calls), image=["a.jpg", "b.jpg"]))
     assert "list the picture of every <image>, or leave out those of all crop calls" in sentence
-    assert "the key is `image`, not `images`" in told(talk(("human", "<image>"), images=["a.jpg"]))
+    assert "the key is `image`, not `imag`" in told(talk(("human", "<image>"), imag=["a.jpg"]))
 
 
 def calling(text, image="street.jpg", **fields):

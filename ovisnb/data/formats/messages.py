@@ -3,24 +3,22 @@
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}], "images": ["cat.jpg"]}
 
-What is taken:
+Which keys a row may have them under, `ovisnb.data.formats.dialogue` says; TRL's prompt and completion, preferences,
+FineVision's pairs, ms-swift's and LLaMA-Factory's forms are among them. Of two answers the better one is read, and
+the rejected one stays in `Record.meta`, with a sentence in `Record.notes`. What else is taken:
 
-- `messages` (or `conversations`) with roles system, user, assistant and tool; or `prompt` and `completion` as TRL has
-  them, each a list of messages or text (an assistant's turn of the prompt then carries no loss:
-  `ignored_gpt`); or `texts` of `{"user", "assistant"}` pairs, as FineVision has them.
-- preferences as TRL has them: `chosen` is read as the answer, `rejected` stays in `Record.meta`, with a sentence in
-  `Record.notes`.
 - content that is text or a list of parts: `text`, `image`, `image_url`, `video`, `video_url`. A part with no picture
   of its own takes the next of `images` (or `image`), or the one that its `index` says; so for `videos` (or `video`).
 - pictures as paths, `data:` and `file://` URLs, `{"bytes", "path"}` or PIL images. Nothing is downloaded.
+- `objects` of ms-swift, for the `<ref-object>` and `<bbox>` of the text.
 
 How they become turns: the parts of a message are joined by a newline, as the released chat template does. Pictures
-that no part places go before the first user message, as TRL does; where the text itself holds as
-many `<image>` as there are pictures, they go there. Where parts place pictures, `<image>` in text is text and taken
+that no part places go before the first user message, as TRL does; where the text of the user holds as
+many `<image>` as there are pictures, they go there (one that only an answer holds may be a word: refused). Where parts place pictures, `<image>` in text is text and taken
 out, as the released template does, with a sentence in `Record.notes` (not `</tool_call><image>`: that is a
 crop). A tool's answer stands in the assistant's turn that called it, as `<tool_response>..</tool_response>`, and the
 next assistant message goes on in that turn. `tool_calls` of the tools crop and identify become
-`<tool_call>Crop [..]</tool_call>`; `reasoning_content` becomes `<think>..</think>`.
+`<tool_call>Crop [..]</tool_call>`; `reasoning_content`, `reasoning` or `thinking` becomes `<think>..</think>`.
 """
 
 from __future__ import annotations
@@ -31,48 +29,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovisnb.data import markup
+from ovisnb.data.formats import dialogue
+from ovisnb.data.formats.dialogue import THOUGHTS, Message
+from ovisnb.data.formats.objects import are_objects, filled, has_placeholder
 from ovisnb.data.formats.parts import is_number, picture, plain, refuse_keys, refused, removed, short
 from ovisnb.data.formats.rows import Entry, Options, Reader
+from ovisnb.data.keys import holds, told, unread
 from ovisnb.data.record import IMAGE, VIDEO, Note, Record, RecordError, Turn
 
-_ROLES = {"system": "system", "user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt", "model": "gpt"}
-_ROLES["tool"] = "tool"
 _ANSWERS = ("gpt", "ignored_gpt")
 _WRITTEN = {"system": "system", "human": "user", "gpt": "assistant", "ignored_gpt": "assistant"}
-_CONTENT = ("content", "reasoning_content", "tool_calls")
 _PAYLOADS = {"image": ("image", "image_url", "url", "path", "bytes"), "video": ("video", "video_url", "url", "path")}
 _KINDS = {kind: kind.split("_")[0] for kind in ("text", "image", "image_url", "video", "video_url")}
 _PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
 _OPEN, _CLOSE = "<tool_response>", "</tool_response>"
-_Message = tuple[str, str, dict]  # its place for an error, the record's role or "tool", the message
+# Other conversations that may stand beside `messages`, and answers that may stand beside a question, unread.
+_OTHERS, _MAYBE_ANSWERS = ("conversations", "texts", "prompt", "query"), ("answer", "output", "target")
+_REJECTED = ("rejected", "rejected_response", "rejected_messages")
 
 
 def matches(entry: Any) -> bool:
-    """Whether a row has `messages`, `prompt`, `chosen` and `rejected`, `texts` or `conversations` of role and content."""
-    if not isinstance(entry, dict):
-        return False
-    if "messages" in entry or "prompt" in entry or {"chosen", "rejected"} <= entry.keys():
-        return True
-    return _first_has(entry.get("conversations"), "role") or _first_has(entry.get("texts"), "user")
+    """Whether a row has messages under one of the keys of `ovisnb.data.formats.dialogue`."""
+    return isinstance(entry, dict) and dialogue.matches(entry)
 
 
 def entries(entry: dict, options: Options) -> Iterator[dict]:
     """The one conversation of a row."""
-    used, messages = _messages(entry)
+    used, messages = dialogue.dialogue(entry)
     media, turns = _Media(entry, messages), []
-    for where, role, message in messages:
+    for message in messages:
         try:
-            _add(turns, role, message, media)
+            _add(turns, message, media)
         except RecordError as error:
-            raise error.at(where) from None
+            raise error.at(message.where) from None
     media.settle(turns)
     notes = [removed(turn.removed, f"turn {n}") for n, turn in enumerate(turns, start=1) if turn.removed]
-    if "conversations" in entry and "conversations" not in used:
-        notes.append(f"the row has `{used[0]}` and `conversations`: only `{used[0]}` is read")
-    if "chosen" in used and "rejected" in entry:
-        notes.append(Note("of the two answers `chosen` is read, and `rejected` is only kept in `meta`", "remark"))
+    notes += [note for message in messages for note in message.notes]
+    notes += _left(entry, used)
     taken = (*used, "images", "image", "videos", "video", "conversations")
     row = Entry({key: value for key, value in entry.items() if key not in taken})
+    if are_objects(entry.get("objects")) and any(has_placeholder(turn.text) for turn in turns):
+        _fill(row, turns)
     if media.placed["image"]:
         row["image"] = media.placed["image"]
     if media.placed["video"]:
@@ -105,8 +102,8 @@ class _Turn:
 class _Media:
     """The pictures and videos of a row: those that wait in its columns, and those that have their place."""
 
-    def __init__(self, row: dict, messages: Sequence[_Message]) -> None:
-        parts = [part for _, _, message in messages for part in _listed(message.get("content"))]
+    def __init__(self, row: dict, messages: Sequence[Message]) -> None:
+        parts = [part for message in messages for part in _listed(message.said["content"])]
         self.by_part = any(_kind_of(part) in _PLACEHOLDERS for part in parts)
         self.by_index = False
         self.waiting = {kind: _column(row, kind) for kind in _PLACEHOLDERS}
@@ -142,12 +139,45 @@ class _Media:
             if self.by_part:
                 continue
             self.placed[kind] = waiting
+            if count and _misplaced(turns, placeholder):
+                raise RecordError(
+                    f"{placeholder} stands in an answer or a system message and in no user message, and may be a word or "
+                    f"a {kind}: write {placeholder} in the user message that the {kind} belongs to"
+                )
             if count and not any(_has_whole(turn.text, placeholder) for turn in turns):
                 if first is None:
                     raise RecordError(f"`{kind}s` has {count} but there is no user message to put them in")
                 first.text = f"{placeholder}\n" * count + first.text
         if (count := len(self.placed["video"])) > 1:
             raise RecordError(f"the row has {count} videos, and a record has one: split it")
+
+
+def _left(row: dict, used: Sequence[str]) -> list[str]:
+    """A note for what may be another conversation or another answer, and is not read."""
+    notes = []
+    if used[0] in ("messages", "conversations"):
+        for key in _OTHERS:
+            if key not in used and holds(row.get(key)):
+                said = f"the row has `{used[0]}` and `{key}`: only `{used[0]}` is read"
+                notes.append(Note(said, "changed_on_reading" if key == "conversations" else "remark"))
+    for key in _REJECTED:
+        if holds(row.get(key)) and (key != "rejected" or "chosen" in used):
+            notes.append(Note(f"of the two answers `{used[-1]}` is read, and `{key}` is only kept in `meta`", "remark"))
+    if used == ("prompt", "completion", "response"):
+        for key in _MAYBE_ANSWERS:
+            if holds(row.get(key)):
+                said = f"`{key}` is only kept in `meta`: name it `completion` if it is the answer to learn"
+                notes.append(Note(said, "remark"))
+    return notes
+
+
+def _fill(row: Entry, turns: list[_Turn]) -> None:
+    """Put the objects of a row into its turns; it then says what their numbers count."""
+    texts, counts = filled([turn.text for turn in turns], row.pop("objects"))
+    if row.setdefault("box_coordinates", counts) != counts:
+        raise RecordError(f"`objects` count {counts}, but `box_coordinates` is another: drop `box_coordinates`")
+    for turn, text in zip(turns, texts):
+        turn.text = text
 
 
 def _column(row: dict, kind: str) -> list[Any]:
@@ -174,58 +204,9 @@ def _medium(kind: str, value: Any) -> Any:
     return found
 
 
-def _messages(row: dict) -> tuple[tuple[str, ...], list[_Message]]:
-    """-> (the keys read, the messages)."""
-    for key in ("messages", "conversations"):
-        if row.get(key) is not None:
-            return (key,), _of(row[key], key)
-    if row.get("texts") is not None and "prompt" not in row:
-        return ("texts",), _of(_from_pairs(row["texts"]), "texts")
-    prompt, completion, key = row.get("prompt"), row.get("completion"), "completion"
-    if completion is None and (completion := row.get("chosen")) is not None:
-        key = "chosen"
-        if isinstance(completion, list) and not isinstance(prompt, list):
-            return (key,), _of(completion, key)  # it begins with the prompt
-        if prompt is None:
-            raise RecordError("`chosen` is text, and there is no `prompt` that it answers: give one")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    if completion is None:
-        return ("prompt", key), _of(prompt, "prompt")
-    return ("prompt", key), _of(prompt, "prompt", "ignored_gpt") + _of(completion, key)
-
-
-def _of(messages: Any, key: str, answer: str = "gpt") -> list[_Message]:
-    """The messages under a key; the assistant's get the role `answer`."""
-    if not isinstance(messages, (list, tuple)):
-        raise RecordError(f'`{key}` is a list of messages: write [{{"role": "user", "content": "..."}}]')
-    found = []
-    for number, message in enumerate(messages, start=1):
-        where = f"message {number} of `{key}`"
-        if not isinstance(message, dict) or message.keys().isdisjoint(_CONTENT):
-            raise RecordError(f'{where} is not of the form {{"role": ..., "content": ...}}')
-        said = message.get("role")
-        role = _ROLES.get(said) if isinstance(said, str) else None
-        if role is None:
-            told = f"{where} has the role {short(said)}: use system, user, assistant or tool"
-            raise RecordError(told, kind="unknown_role")
-        found.append((where, answer if role == "gpt" else role, message))
-    return found
-
-
-def _from_pairs(pairs: Any) -> list[dict]:
-    """`texts` of user and assistant pairs -> messages."""
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-        raise RecordError('`texts` is a list of pairs: write [{"user": ..., "assistant": ...}]')
-    roles = ("user", "assistant")
-    return [{"role": role, "content": pair[role]} for pair in pairs for role in roles if pair.get(role) is not None]
-
-
-def _add(turns: list[_Turn], role: str, message: dict, media: _Media) -> None:
+def _add(turns: list[_Turn], message: Message, media: _Media) -> None:
     """Put a message behind the turns: as one of its own, or in the assistant's turn that it goes on in."""
-    parts, count = _parts(message, media), 0
+    role, parts, count = message.role, _parts(message, media), 0
     if media.by_part:  # then what looks like a placeholder in text is text
         for place, (kind, text) in enumerate(parts):
             if kind == "text":
@@ -239,7 +220,10 @@ def _add(turns: list[_Turn], role: str, message: dict, media: _Media) -> None:
         last.answered = True
     elif last.answered and role in _ANSWERS:
         if role != last.role:
-            raise RecordError("it goes on after a tool's answer in the prompt: begin the completion with the call")
+            raise RecordError(
+                "it goes on after a tool's answer, but only one of the two carries loss: let both, and begin a completion "
+                "with the call"
+            )
         last.text += "\n" + "\n".join(text for _, text in parts)
         last.answered = False
     else:
@@ -247,9 +231,10 @@ def _add(turns: list[_Turn], role: str, message: dict, media: _Media) -> None:
     turns[-1].removed += count
 
 
-def _parts(message: dict, media: _Media) -> list[tuple[str, str]]:
+def _parts(message: Message, media: _Media) -> list[tuple[str, str]]:
     """What a message holds: (kind, text), where the text of a picture or video is its placeholder."""
-    content, thought = message.get("content"), message.get("reasoning_content")
+    content = message.said["content"]
+    thoughts = [message.said[key] for key in THOUGHTS if holds(message.said.get(key))]
     parts: list[tuple[str, str]] = []
     if isinstance(content, str):
         parts.append(("text", content))
@@ -257,19 +242,20 @@ def _parts(message: dict, media: _Media) -> list[tuple[str, str]]:
         for number, part in enumerate(content, start=1):
             try:
                 parts.append(_part(part, media))
+                message.notes.extend(told(_unread(part, parts[-1][0]), f"{message.where}, part {number}"))
             except RecordError as error:
                 raise error.at(f"part {number}") from None
     elif content is not None:
         raise RecordError(f"its `content` is text or a list of parts, not {short(content)}")
-    calls = message.get("tool_calls") or []
+    calls = message.said.get("tool_calls") or []
     if not isinstance(calls, list):
         raise RecordError("its `tool_calls` are no list: write the calls in the text")
     parts += [("text", _call(call)) for call in calls]
-    if thought is None or thought == "":
+    if not thoughts:
         return parts
-    if not isinstance(thought, str):
-        raise RecordError("its `reasoning_content` is text")
-    return [("text", f"<think>\n{thought.strip()}\n</think>\n"), *(parts or [("text", "")])]
+    if not isinstance(thoughts[0], str) or thoughts.count(thoughts[0]) < len(thoughts):
+        raise RecordError(f"its thinking ({', '.join(THOUGHTS)}) is text, and the same wherever it stands: keep one")
+    return [("text", f"<think>\n{thoughts[0].strip()}\n</think>\n"), *(parts or [("text", "")])]
 
 
 def _kind_of(part: Any) -> str | None:
@@ -293,6 +279,11 @@ def _part(part: Any, media: _Media) -> tuple[str, str]:
     if not isinstance(text, str):
         raise RecordError(f"it is of type text but its `text` is {short(text)}")
     return kind, text
+
+
+def _unread(part: dict, kind: str) -> list[str]:
+    """The keys of a part that are not read; RecordError where they would make it another."""
+    return unread(part, ("type", "text") if kind == "text" else ("type", "index", *_PAYLOADS[kind]))
 
 
 def _tool_answer(parts: list[tuple[str, str]]) -> str:
@@ -337,6 +328,9 @@ def _row(record: Record) -> dict[str, Any]:
     own = record.to_dict()
     row = {key: own[key] for key in ("id", "kind", "box_coordinates", "call_coordinates") if key in own}
     by_part = not any(_inline(turn.text) for turn in record.turns)
+    for kind, placeholder in _PLACEHOLDERS.items():
+        if not by_part and _misplaced(record.turns, placeholder):
+            raise refused(record, "messages", f"its {kind} stands inside a line of an answer, and of no question")
     messages = [{"role": _WRITTEN[turn.role], "content": _written_parts(turn, by_part)} for turn in record.turns]
     if parted:
         roles = [turn.role for turn in record.turns]
@@ -361,6 +355,12 @@ def _has_whole(text: str, placeholder: str) -> bool:
     return text.count(placeholder) > text.count(f"</tool_call>{placeholder}")
 
 
+def _misplaced(turns: Sequence[Turn | _Turn], placeholder: str) -> bool:
+    """Whether turns hold a placeholder that is no crop's, but no human turn does: it may be a word."""
+    roles = [turn.role for turn in turns if _has_whole(turn.text, placeholder)]
+    return bool(roles) and "human" not in roles
+
+
 def _inline(text: str) -> bool:
     """Whether a placeholder shares its line with text: parts are joined by newlines and could not say that."""
     return any(line not in (IMAGE, VIDEO) and (IMAGE in line or VIDEO in line) for line in text.split("\n"))
@@ -379,7 +379,3 @@ def _written_parts(turn: Turn, by_part: bool) -> list[dict[str, str]]:
         else:
             parts.append({"type": "text", "text": line})
     return parts
-
-
-def _first_has(listed: Any, key: str) -> bool:
-    return isinstance(listed, list) and bool(listed) and isinstance(listed[0], dict) and key in listed[0]

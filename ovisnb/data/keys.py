@@ -1,0 +1,80 @@
+"""The keys of a turn, whoever wrote it: which say that it carries no loss, and which must not be lost.
+
+    role_of({"from": "gpt", "value": "No.", "loss": False}, "gpt")     # 'ignored_gpt'
+    unread({"from": "human", "value": "Hi", "mood": "glad"}, ("from", "value"))    # ['mood']
+
+One rule for the turns of every format, and for the parts of a message. A key that holds nothing (null, false, "", [], {})
+is as if it were not there. Of the others:
+
+- `loss` (ms-swift), `weight` (OpenAI), `train` or `training` (Axolotl), false or 0, makes an answer one without loss:
+  `ignored_gpt`. True or 1 is what holds anyway. Any other value, and true on a turn that is no answer,
+  ask for what does not exist here: refused.
+- a key that is not read is refused where it names a picture, a video, sound, loss, a call or text: what is learnt
+  would be another thing than was written.
+- any other key that is not read is told (`validate` lists it as unknown_key), except `NAMES`, which teach nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ovisnb.data.base import Note, RecordError
+
+UNREAD = {
+    "images": "name it `image`",
+    "videos": "name it `video`, of which a record has one",
+    "audio": "sound has no form here, so drop it",
+    "audios": "sound has no form here, so drop the record",
+    "system": "write it as the first turn, of role system",
+    "system_prompt": "write it as the first turn, of role system",
+    "history": "write it as turns",
+    "messages": "write all turns in `conversations`",
+}
+"""Keys of a record that others read and the record form does not, and what to do: none of them is kept in `meta`."""
+FLAGS = ("loss", "weight", "train", "training")
+NAMES = ("id", "name", "source", "tool_call_id")
+_CARRIES = re.compile(
+    r"image|img|photo|picture|video|audio|loss|weight|train|mask|function_call|tool_calls|^(?:text|content|value)$",
+    re.IGNORECASE,
+)
+
+
+def holds(value: Any) -> bool:
+    """Whether a key with this value says anything."""
+    return not (value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value))
+
+
+def role_of(turn: Mapping[str, Any], role: str) -> str:
+    """`role`, or "ignored_gpt" for a "gpt" whose flags say that it is not learnt; RecordError for flags of no meaning."""
+    for key in FLAGS:
+        flag = turn.get(key)
+        if flag is None:
+            continue
+        if not isinstance(flag, (bool, int, float)) or flag not in (0, 1):
+            said = f"its `{key}` is {flag!r:.40}: an answer is learnt or it is not, so write true or false"
+            raise RecordError(said)
+        if flag and role not in ("gpt", "ignored_gpt"):
+            raise RecordError(f"its `{key}` is {flag!r}, but only answers are learnt: write false, or drop the key")
+        if not flag and role == "gpt":
+            role = "ignored_gpt"
+    return role
+
+
+def unread(turn: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """The keys beside `read` that say something; RecordError for one without which the turn says another thing."""
+    known = (*read, *FLAGS, *NAMES)
+    found = [str(key) for key, value in turn.items() if key not in known and holds(value)]
+    for key in found:
+        if _CARRIES.search(key):
+            said = (
+                f"its key {key!r:.40} is not read: drop it, or say it as the form does (a picture or video is listed "
+            )
+            raise RecordError(f"{said}beside the turns, with <image> or <video> where it goes)", kind="unknown_key")
+    return found
+
+
+def told(keys: Collection[str], place: str) -> list[Note]:
+    """A note for each key that is not read."""
+    return [Note(f"{place}: the key {key!r:.40} is not read: drop or rename it", "unknown_key") for key in keys]

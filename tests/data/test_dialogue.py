@@ -1,0 +1,229 @@
+"""The rows of other trainers: every answer, picture, thought and mark of loss is read, or one sentence says what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ovisnb.data import Media, Record, RecordError, from_dataset, read_records
+
+
+def read(folder, row: dict, suffix: str = "jsonl", **options) -> Record:
+    path = folder / f"data.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row))
+    [record] = read_records(path, **options)
+    return record
+
+
+def refused(folder, row: dict) -> str:
+    with pytest.raises(RecordError) as refusal:
+        read(folder, row)
+    assert "\n" not in str(refusal.value) and "data.jsonl:1" in str(refusal.value)
+    return str(refusal.value)
+
+
+def said(record: Record) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn in record.turns]
+
+
+def talk(*texts: str, **last) -> list[dict]:
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(texts), texts)]
+    turns[-1] |= last
+    return turns
+
+
+def shared(*texts: str, **last) -> list[dict]:
+    turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * len(texts), texts)]
+    turns[-1] |= last
+    return turns
+
+
+PLAIN = [("human", "<image>\nWho?"), ("gpt", "A cat.")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": shared("<image>\nWho?", "A cat."), "image": "a.jpg", "id": "1"},  # LLaVA-Instruct
+        {"conversations": shared("<image>\nWho?", "A cat."), "image": "a.jpg", "data_source": "x"},  # LLaVA-OneVision
+        {"texts": [{"user": "Who?", "assistant": "A cat.", "source": "x"}], "images": ["a.jpg"]},  # the_cauldron
+        {"texts": [{"user": "Who?", "assistant": "A cat."}], "images": ["a.jpg"], "ratings": [5]},  # FineVision
+        {"messages": talk("<image>\nWho?", "A cat."), "images": ["a.jpg"]},  # ms-swift, LLaMA-Factory
+        {"query": "<image>\nWho?", "response": "A cat.", "images": ["a.jpg"]},  # ms-swift, earlier
+        {"conversations": shared("<image>\nWho?", "A cat."), "images": ["a.jpg"]},  # LLaMA-Factory
+        {"conversations": shared("Who?", "A cat."), "images": ["a.jpg"]},
+        {"instruction": "<image>", "input": "Who?", "output": "A cat.", "images": ["a.jpg"]},
+        {"image": "a.jpg", "prompt": "Who?", "response": "A cat."},
+        {
+            "prompt": talk("Who?"),
+            "completion": [{"role": "assistant", "content": "A cat."}],
+            "images": ["a.jpg"],
+        },  # TRL
+    ],
+)
+def test_one_conversation_in_every_dialect(tmp_path, row):
+    for suffix in ("jsonl", "parquet"):
+        record = read(tmp_path, row, suffix)
+        assert said(record) == PLAIN and record.images == [Media(path="a.jpg")] and record.notes == ()
+    [record] = from_dataset([row])
+    assert said(record) == PLAIN
+
+
+def test_openai_and_axolotl_lines(tmp_path):
+    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}
+    content = [{"type": "text", "text": "Who?"}, url]
+    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]}
+    row["messages"].append({"role": "assistant", "content": "A cat.", "weight": 1, "refusal": None})
+    assert said(read(tmp_path, row)) == [("system", "Be brief."), ("human", "Who?\n<image>"), ("gpt", "A cat.")]
+    parts = [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "Who?"}]
+    row = {"messages": [{"role": "user", "content": parts}, *talk("", "A cat.")[1:]]}
+    assert said(read(tmp_path, row)) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "flag", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}]
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_answer_that_is_not_to_be_learnt_carries_no_loss(tmp_path, flag, suffix):
+    for row in (
+        {"messages": [*talk("q", "a", **flag), *talk("r", "b")]},
+        {"conversations": [*shared("q", "a", **flag), *shared("r", "b")]},
+        {"conversations": [*shared("q", "a", **flag), *shared("r", "b")], "system": "Be brief."},
+    ):
+        record = read(tmp_path, row, suffix)
+        assert [turn.role for turn in record.turns[-4:]] == ["human", "ignored_gpt", "human", "gpt"]
+        assert record.notes == ()
+    row = {"messages": talk("q", "a", loss=True, weight=1, train=None)}
+    assert said(read(tmp_path, row)) == [("human", "q"), ("gpt", "a")]
+
+
+@pytest.mark.parametrize(
+    "turn, part",
+    [
+        ({"weight": 0.5}, "its `weight` is 0.5: an answer is learnt or it is not"),
+        ({"loss": "no"}, "its `loss` is 'no'"),
+        ({"loss_scale": 0.3}, "its key 'loss_scale' is not read"),
+        ({"train_detail": [{"begin_offset": 0, "train": False}]}, "its key 'train_detail' is not read"),
+        ({"images": ["iVBOR"]}, "its key 'images' is not read"),
+        ({"image": "a.jpg"}, "its key 'image' is not read"),
+        ({"audio": {"id": "x"}}, "its key 'audio' is not read"),
+        ({"function_call": {"name": "f"}}, "its key 'function_call' is not read"),
+        ({"text": "more"}, "its key 'text' is not read"),
+    ],
+)
+def test_what_a_turn_says_beside_its_words_is_not_lost(tmp_path, turn, part):
+    for row in (
+        {"messages": talk("q", "a", **turn)},
+        {"conversations": shared("q", "a", **turn)},
+        {"texts": [{"user": "q", "assistant": "a", **turn}]},
+    ):
+        if "texts" not in row or "loss" not in part and "weight" not in part:
+            assert part in refused(tmp_path, row)
+    with pytest.raises(RecordError, match="turn 2: its"):
+        Record.from_dict({"conversations": shared("q", "a", **turn)})
+    if "weight" in turn or "loss" in turn:
+        assert "its `train` is True, but only answers are learnt" in refused(
+            tmp_path, {"messages": talk("q", train=True)}
+        )
+
+
+def test_other_keys_of_a_turn_are_told(tmp_path):
+    row = {"messages": talk("q", "a", mood="glad", name="Bob", id=3, refusal=None, annotations=[])}
+    [note] = read(tmp_path, row).notes
+    assert (
+        note == "message 2 of `messages`: the key 'mood' is not read: drop or rename it" and note.kind == "unknown_key"
+    )
+    [note] = read(tmp_path, {"conversations": shared("q", "a", mood="glad", id="x")}).notes
+    assert note == "turn 2: the key 'mood' is not read: drop or rename it" and note.kind == "unknown_key"
+    part = {"type": "image", "image": "a.jpg", "max_pixels": 3}
+    [note] = read(tmp_path, {"messages": [{"role": "user", "content": [part]}]}).notes
+    assert note.startswith("message 1 of `messages`, part 1: the key 'max_pixels'")
+
+
+@pytest.mark.parametrize(
+    "part, key",
+    [
+        ({"type": "text", "text": "q", "image": "a.jpg"}, "image"),
+        ({"text": "q", "image_url": {"url": "a.jpg"}}, "image_url"),
+        ({"type": "image", "image": "a.jpg", "text": "q"}, "text"),
+        ({"type": "image", "image": "a.jpg", "video": "a.mp4"}, "video"),
+    ],
+)
+def test_a_part_is_one_thing(tmp_path, part, key):
+    row = {"messages": [{"role": "user", "content": [part]}, *talk("", "a")[1:]]}
+    assert f"message 1 of `messages`: part 1: its key '{key}' is not read" in refused(tmp_path, row)
+
+
+def test_system_messages_and_thoughts_beside_the_words(tmp_path):
+    for key in ("system", "system_prompt"):
+        for row in (
+            {"messages": talk("q", "a")},
+            {"conversations": shared("q", "a")},
+            {"prompt": "q", "response": "a"},
+        ):
+            record = read(tmp_path, {**row, key: "Be brief."})
+            assert said(record) == [("system", "Be brief."), ("human", "q"), ("gpt", "a")] and record.meta == {}
+            assert len(read(tmp_path, {**row, key: ""}).turns) == 2
+    row = {"messages": [{"role": "system", "content": "x"}, *talk("q", "a")], "system": "y"}
+    assert "the row has `system` and another system message: keep one" in refused(tmp_path, row)
+    pairs = [{"system": "Be brief.", "user": "q", "assistant": "a"}, {"system": "", "user": "r", "assistant": "b"}]
+    assert [turn.role for turn in read(tmp_path, {"texts": pairs}).turns] == ["system", *["human", "gpt"] * 2]
+    for key in ("reasoning", "thinking", "reasoning_content"):
+        assert (
+            read(tmp_path, {"messages": talk("q", "4", **{key: "2 + 2"})}).turns[1].text.startswith("<think>\n2 + 2\n")
+        )
+    assert "keep one" in refused(tmp_path, {"messages": talk("q", "4", reasoning="a", thinking="b")})
+    for key in ("history", "audios", "audio"):
+        assert f"the key `{key}` is not read" in refused(tmp_path, {"query": "q", "response": "a", key: [["p", "b"]]})
+
+
+def test_what_the_record_form_has_not_is_no_record(tmp_path):
+    for key in ("images", "videos", "audios", "system", "system_prompt", "history", "messages"):
+        with pytest.raises(RecordError, match=f"the key `{key}` is not read") as refusal:
+            Record.from_dict({"conversations": shared("q", "a"), key: ["a.jpg"]})
+        assert refusal.value.kind == "unknown_key"
+        assert Record.from_dict({"conversations": shared("q", "a"), key: []}).meta == {key: []}
+    record = read(tmp_path, {"conversations": shared("<video>q", "a"), "videos": ["a.mp4"]})
+    assert record.video == [Media(path="a.mp4")]
+    row = {"conversations": shared("Picture 1: <img>a.jpg</img>\nWho?", "A cat.")}
+    assert "turn 1: <img>a.jpg</img> names a picture" in refused(tmp_path, row)
+    assert "turn 1: <img>" in refused(tmp_path, {"messages": talk("<img>a.jpg</img>Who?", "A cat.")})
+
+
+def test_base64_alone_is_called_what_it_is(tmp_path):
+    data = "iVBORw0KGgo" + "A" * 200
+    for row in (
+        {"conversations": shared("<image>", "a"), "image": data},
+        {"messages": talk("q", "a"), "images": [data]},
+    ):
+        assert "is the picture itself, as base64" in refused(tmp_path, row)
+
+
+def test_of_two_conversations_one_is_read_and_told(tmp_path):
+    record = read(tmp_path, {"messages": talk("q", "a"), "conversations": shared("r", "b")})
+    assert said(record) == [("human", "q"), ("gpt", "a")]
+    assert record.notes == ("the row has `messages` and `conversations`: only `messages` is read",)
+
+
+def test_preferences_and_marks_of_bad_answers(tmp_path):
+    row = {"messages": talk("q", "a"), "rejected_response": "b"}  # ms-swift
+    record = read(tmp_path, row)
+    assert said(record) == [("human", "q"), ("gpt", "a")] and record.meta == {"rejected_response": "b"}
+    assert record.notes == ("of the two answers `messages` is read, and `rejected_response` is only kept in `meta`",)
+    answers = {name: {"from": "gpt", "value": name} for name in ("chosen", "rejected")}
+    record = read(tmp_path, {"conversations": shared("q", "a", "r"), **answers})  # LLaMA-Factory
+    assert said(record) == [("human", "q"), ("ignored_gpt", "a"), ("human", "r"), ("gpt", "chosen")]
+    for row in (
+        {"prompt": "q", "completion": "a", "label": False},
+        {"messages": talk("q", "a"), "label": False},
+        {"conversations": shared("q", "a"), "kto_tag": False},
+    ):
+        assert "is false, which marks an answer that is not to be learnt" in refused(tmp_path, row)
+    assert read(tmp_path, {"prompt": "q", "completion": "a", "label": True}).meta == {"label": True}
+    assert read(tmp_path, {"conversations": shared("q", "a"), "label": False}).meta == {"label": False}
