@@ -56,7 +56,8 @@ def test_every_fault_of_one_record_is_listed_at_once(check):
         (talk(image=["good.png", "good.png"]), "placeholder_count", "hold 1 <image> but `image` lists 2"),
         (talk(), "placeholder_count", "hold 1 <image> but `image` lists 0"),
         (talk("<video> What?", image=[]), "placeholder_count", "1 <video> but the record has none"),
-        (talk("What?", images="good.png"), "unknown_key", "did you mean 'image'"),
+        (talk("What?", imag="good.png"), "unknown_key", "did you mean 'image'"),
+        (talk("Hi", history=[["q", "a"]]), "unknown_key", "the key `history` is not read: write it as turns"),
         (talk(image={"path": "good.png", "bx": 1}), "unknown_key", "`bx` is unknown"),
         (talk(image=3), "wrong_form", "entry 1 of `image`"),
         (talk(image="good.png", id=[1]), "wrong_form", "`id` is text"),
@@ -340,12 +341,6 @@ def test_an_unknown_key_of_a_picture_is_one_fault(check):
 def test_a_video_among_the_pictures_is_told(check):
     assert check(talk(image="clip.mp4", id="a")) == [("wrong_form", "a")]
     assert "list it under `video`" in next(iter(check.report)).message
-
-
-def test_what_reading_assumed_is_a_remark_and_no_fault(check):
-    rows = [{"image": "good.png", "expression": f"cat {n}", "bbox": [1, 2, 30, 40]} for n in range(3)]
-    assert check(*rows) == [] and check.report.clean
-    assert "remark (3): nothing says that `bbox` holds width and height" in check.report.text()
 
 
 @pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])

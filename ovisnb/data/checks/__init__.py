@@ -262,8 +262,8 @@ def _picture_faults(seen: list[tuple[Picture, Seen]]) -> Iterator:
                 said.add(found)
                 yield found._replace(message=f"{picture.name}: {found.message}")
         if picture.media.box is not None and one.size is not None:
-            for found in box_faults(picture.media.box, picture.media.coordinates, [one.size]):
-                if found.kind == "box_outside":
+            for found in box_faults(picture.media.box, picture.media.coordinates, [one.size], "coordinates"):
+                if found.kind in ("box_outside", "unreadable_box"):
                     yield found._replace(message=f"{picture.name}: its box {found.message}")
 
 
@@ -272,7 +272,7 @@ def _place_faults(checked: Checked, seen: list[tuple[Picture, Seen]]) -> Iterato
     unknown = any(one.size is None for _, one in seen)
     sizes = [] if unknown else list(dict.fromkeys(one.size for picture, one in seen if picture.media.box is None))
     for place in checked.places:
-        for found in box_faults(place.numbers, place.convention, sizes):
+        for found in box_faults(place.numbers, place.convention, sizes, place.key):
             if found.kind == "box_outside":
                 yield found._replace(message=f"{place.name} {found.message}")
 

@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 
 from ovisnb.data import boxes, markup
 from ovisnb.data.formats.records import crops_noted
+from ovisnb.data.keys import UNREAD
 from ovisnb.data.media import Folder, shown
 from ovisnb.data.reading import Reading
-from ovisnb.data.record import Entry, Media, Note, Record, RecordError
+from ovisnb.data.record import IMAGE, Entry, Media, Note, Record, RecordError
 
 CONTROL = r"<\|[A-Za-z0-9_]{1,40}\|>|<ovis_[a-z_]{1,40}>"
 """Control tokens as they are written, whatever the model: `<|im_start|>`, `<ovis_visual_atom>`."""
 ANSWERS = ("gpt", "ignored_gpt")
 _GROUNDING = ("ref", "box", "point", "tool_response")
+_AFTER_CALL = re.compile(r"\s{0,9}(<image>|<tool_call>|<tool_response>|\Z)?")
 _DIGIT = re.compile(r"(?<![^\W\d_])\d")  # "(x1,y1)" in a prompt describes a box and is none
 
 
@@ -42,6 +44,8 @@ class Place(NamedTuple):
     name: str
     numbers: tuple[float, ...]
     convention: str
+    key: str
+    """The key of the record that says its convention."""
 
 
 class Picture(NamedTuple):
@@ -97,15 +101,21 @@ def check_entry(
             checked.add("unknown_key", f"the key {key!r} is not read: did you mean {near!r}?")
     _check_form(reading, image_folder, checked)
     _check_pictures(reading, entry.folder if isinstance(entry, Entry) else None, checked)
+    pictured = reading.images or reading.video or any(IMAGE in (text or "") for _, text in reading.said)
     for number, (role, text) in enumerate(reading.said, start=1):
+        if text is not None and role in ANSWERS and (found := markup.foreign_box(text)):
+            said = f"no box is read in an answer that holds what looks like one: {found}"
+            checked.remarks.append(f"{said}: write it as <box>(x1,y1),(x2,y2)</box>")
         if text is not None and ("<" in text or control is not CONTROL):
-            _check_text(f"turn {number}", role, text, reading.options, checked, control)
+            _check_text(f"turn {number}", role, text, reading.options, checked, control, pictured=bool(pictured))
     _check_answers(reading.said, checked)
     return checked
 
 
-def box_faults(numbers: Sequence[float], of: str, sizes: Sequence[tuple[float, float]] | None) -> Iterator[Found]:
-    """What is wrong with a box (or point) in the convention `of`; the messages lack their subject.
+def box_faults(
+    numbers: Sequence[float], of: str, sizes: Sequence[tuple[float, float]] | None, key: str = "box_coordinates"
+) -> Iterator[Found]:
+    """What is wrong with a box (or point) in the convention `of`, which `key` says; the messages lack their subject.
 
     `sizes` are those of the pictures in pixels that it may lie in (it has to fit one of them); with none,
     pixels are not held against anything. With None, only faults of the shape are found.
@@ -117,6 +127,9 @@ def box_faults(numbers: Sequence[float], of: str, sizes: Sequence[tuple[float, f
         return
     if flaw == "inverted_box":
         yield Found(flaw, f"is inverted: {written} has its second corner before its first")
+    if said := boxes.misread(numbers, of):
+        yield Found("unreadable_box", f'{said}: say so (`{key}`: "normalised") or correct it')
+        return
     if sizes is None:
         return
     limits = sizes if of == "pixels" else [boxes.extent(of)]
@@ -127,8 +140,11 @@ def box_faults(numbers: Sequence[float], of: str, sizes: Sequence[tuple[float, f
         extent = "its picture of " + " or ".join(f"{width}x{height}" for width, height in limits[:3]) + " pixels"
     else:
         extent = f"0 to {limits[0][0]}"
-    pixels = of == "normalised" and max(numbers) > 2
-    guess = ' (if these are pixels, say so: `box_coordinates`: "pixels")' if pixels else ""
+    guess = ""
+    if of == "normalised" and max(numbers) > 2:
+        fits = any(_inside(numbers, size, 0.01) for size in sizes)
+        likely = '"pixels" or "thousand"' if fits else '"thousand" or "pixels"'
+        guess = f" (if the numbers count 0 to 1000 or pixels, say so: `{key}`: {likely})"
     yield Found("box_outside", f"reaches out of {extent}: {written}{guess}")
 
 
@@ -142,7 +158,7 @@ def _slip(key: str) -> str | None:
 def misspelt(entry: Mapping) -> Iterator[tuple[str, str]]:
     """(key, the field that it looks like a slip for), for fields that the entry does not have."""
     for key, value in entry.items():
-        near = _slip(key) if isinstance(key, str) and value else None
+        near = _slip(key) if isinstance(key, str) and value and key not in UNREAD else None
         if near and near not in entry:
             yield key, near
 
@@ -182,9 +198,16 @@ def _check_pictures(reading: Reading, folder: str | None, checked: Checked) -> N
 
 
 def _check_text(
-    turn: str, role: str | None, text: str, options: Mapping[str, str], checked: Checked, control: str
+    turn: str,
+    role: str | None,
+    text: str,
+    options: Mapping[str, str],
+    checked: Checked,
+    control: str,
+    *,
+    pictured: bool,
 ) -> None:
-    """Control tokens, tags, boxes and calls of one turn."""
+    """Control tokens, tags, boxes and calls of one turn of a record with or without pictures."""
     tokens = sorted({match[0] for match in re.finditer(control, text)})
     if tokens:
         listed = ", ".join(tokens[:4]) + (" and others" if len(tokens) > 4 else "")
@@ -198,20 +221,39 @@ def _check_text(
         more = f" (and {len(loose) - 1} more)" if len(loose) > 1 else ""
         checked.add("unclosed_tag", f"{turn}: {loose[0].problem}{more}")
     told = {tag.start for tag in loose}
-    boxed = options.get("box_coordinates", "normalised")
-    found = [(f"the {region.kind}", region, boxed) for region in markup.regions(text) if region.kind != "ref"]
+    found = [(f"the {region.kind}", region, "box") for region in markup.regions(text) if region.kind != "ref"]
     if answer:
-        called = options.get("call_coordinates", "pixels")
-        found += [("the tool call", call, called) for call in markup.calls(text)]
-    for name, item, convention in found:
+        calls = markup.calls(text)
+        found += [("the tool call", call, "call") for call in calls]
+        _check_crops_shown(turn, text, calls, checked)
+    for name, item, kind in found:
+        key = f"{kind}_coordinates"
+        convention = options.get(key, "normalised" if kind == "box" else "pixels")
         if item.problem:
             if item.start not in told and (answer or _DIGIT.search(item.text)):
                 checked.add("unreadable_box", f"{turn}: {item.problem}")
         elif item.numbers is not None:
-            faults = list(box_faults(item.numbers, convention, None))
+            faults = list(box_faults(item.numbers, convention, None, key))
             checked.faults += [Found(kind, f"{turn}: {name} {said}") for kind, said in faults]
-            if not any(kind == "empty_box" for kind, _ in faults):
-                checked.places.append(Place(f"{turn}: {name}", item.numbers, convention))
+            if any(kind in ("empty_box", "unreadable_box") for kind, _ in faults):
+                continue
+            if answer and not pictured and not checked.places:  # a prompt of words may give boxes of its own
+                checked.add("box_outside", f"{turn}: {name} lies in no picture, and the record lists none: list it")
+                continue
+            checked.places.append(Place(f"{turn}: {name}", item.numbers, convention, key))
+            if answer and convention == "normalised" and 1 in item.numbers:
+                said = "a coordinate of exactly 1 is read as the far edge; Ovis2.5 itself writes 0.999 at most"
+                checked.remarks.append(f"{said}: {turn}, {name}")
+
+
+def _check_crops_shown(turn: str, text: str, calls: Sequence[markup.Call], checked: Checked) -> None:
+    """A crop call that goes on without its picture where another has one; at the end of a turn the tool comes next."""
+    after = [(call, _AFTER_CALL.match(text, call.end)[1]) for call in calls if call.name == "crop"]
+    if any(shown == IMAGE for _, shown in after):
+        for call, shown in after:
+            if shown is None:
+                said = f"{turn}: no {IMAGE} follows the call {markup.short(call.text)}, as it does others: write it"
+                checked.add("placeholder_count", said)
 
 
 def _check_answers(turns: Sequence[tuple[str | None, str | None]], checked: Checked) -> None:
@@ -223,6 +265,8 @@ def _check_answers(turns: Sequence[tuple[str | None, str | None]], checked: Chec
     for number, text in answers:
         if not text.strip():
             checked.add("no_answer", f"turn {number}: the gpt turn is empty: write its answer")
+    if answers and turns[-1][0] == "human":
+        checked.remarks.append("the last question has no answer, so that nothing is learnt from it")
     if answers and answers[-1][1].strip():
         last = answers[-1][1]
         checked.answer = ("<think>" in last or "<tool_call>" in last, "<answer>" in last)
