@@ -87,7 +87,17 @@ def test_slips_are_read(tmp_path, written, call):
 
 @pytest.mark.parametrize(
     "text",
-    ["{crop, wheat}", r"\frac{1}{2} of {x}", "{Cropped [1,2,3]}", "{}", "{1, 2}", "{a} [1,2,3,4] {b}", "} [1,2,3,4] {"],
+    [
+        "{crop, wheat}",
+        r"\frac{1}{2} of {x}",
+        "{Cropped [1,2,3]}",
+        "{}",
+        "{1, 2}",
+        "{a} [1,2,3,4] {b}",
+        "} [1,2,3,4] {",
+        '[{"bbox_2d": [10, 20, 30, 40], "label": "a"}]',
+        r"\boxed{[1, 2, 3, 4]}",
+    ],
 )
 def test_other_braces_are_left_alone(tmp_path, text):
     [record] = read(tmp_path, asked(text))
@@ -124,6 +134,7 @@ def test_without_the_picture_only_what_is_below_zero_is_cut(tmp_path):
         ("{Crop person 1, 2, 3, 4}", "no box"),
         ("{Crop person [1, 2, 3, 4]", "never closed"),
         ("{Crop person {big} [10,20,30,40]} b", "{Crop person {big} [10,20,30,40]} hold a box but are no call"),
+        ('{"crop": [10,20,30,40]}', '{"crop": [10,20,30,40]} hold a box'),
         ("{'Crop': [10,20,30,40]}", "the braces {'Crop': [10,20,30,40]} hold a box"),
         ("{Crop [1,1,9,9]} {Zoom person [10. 5,20,30,40]}", "{Zoom person [10. 5,20,30,40]} hold a box"),
         ("{Crop [1.001, 1, 1.002, 5]} {Crop [639.999, 1, 700, 5]}", "x1 < x2"),  # nothing is left of the second

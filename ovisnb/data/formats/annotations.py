@@ -17,6 +17,7 @@ found, its size is not known, and only numbers below 0 are cut.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,7 @@ _OWN = ("kind", "box_coordinates")  # keys of a question that are the record's o
 _TAKEN = {"line", "labels", *FIELDS}.difference(_OWN)  # names that no other key of a question may have
 _PLAIN = re.compile(r"\d{1,9}(?:\.\d{1,9})?", re.ASCII)
 _BRACKETS = re.compile(r"[{}]|\[[^\[\]{}]*\]")
+_TEX_COMMAND = re.compile(r"\\[A-Za-z]+$")
 _Size = Callable[[], tuple[float, float]]
 """Gives (width, height) of the picture in pixels; infinite if it cannot be read."""
 
@@ -154,16 +156,26 @@ def _with_calls(answer: str, size: _Size) -> tuple[str, list[str | None], list[N
 
 
 def _box_in_braces(text: str) -> str | None:
-    """The first braces that hold four numbers in brackets; None if there are none."""
+    """The first braces that hold four numbers in brackets and are neither JSON nor TeX; None if there are none."""
     opened, box = [], -1
     for match in _BRACKETS.finditer(text):
         if match[0] == "{":
             opened.append(match.start())
         elif match[0] != "}":
             box = match.start() if markup.read_numbers(match[0][1:-1], 4)[0] else box
-        elif opened and (start := opened.pop()) < box:
+        elif opened and (start := opened.pop()) < box and not _is_json_or_tex(text, start, match.end()):
             return text[start : match.end()]
     return None
+
+
+def _is_json_or_tex(text: str, start: int, end: int) -> bool:
+    """Whether the braces are an answer in JSON or the argument of a TeX command, such as \\boxed{[1, 2, 3, 4]}."""
+    if _TEX_COMMAND.search(text, max(0, start - 40), start):
+        return True
+    try:
+        return not {"crop", "identify"} & {key.lower() for key in json.loads(text[start:end])}
+    except (ValueError, RecursionError):
+        return False
 
 
 def _numbers(call: markup.Call, size: tuple[float, float]) -> tuple[list[str], Note | None]:
