@@ -7,7 +7,6 @@ write_rows(rows, "half.jsonl")
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import stat
@@ -20,7 +19,7 @@ from ovisnb.data.record import RecordError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 """Endings of JSON lines."""
-_BUFFER = 1 << 18  # bytes that are written at once
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # what only writing comes to
 
 
 @contextmanager
@@ -31,41 +30,40 @@ def written(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     `path` for what cannot be written.
     """
     path = Path(path)
-    with _naming(path):
-        stream = _is_stream(path)
-        real = path if stream else Path(os.path.realpath(path))
-        real.parent.mkdir(parents=True, exist_ok=True)
-        # in the same folder: replace() cannot cross disks
-        unfinished = real if stream else real.with_name(f".{real.name}.{os.getpid()}.tmp")
-        raw = _Named(unfinished, "wb")
-    raw.shown = path
-    try:
-        with io.BufferedWriter(raw, _BUFFER) as file:
+    if _is_stream(path):
+        with naming(path), path.open("wb") as file:
             yield file
-        if not stream:
-            with _naming(path):
-                os.replace(unfinished, real)
-    finally:
-        if not stream:
+        return
+    real = Path(os.path.realpath(path))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = real.with_name(f".{real.name}.{os.getpid()}.tmp")  # the same folder: replace() cannot cross disks
+    with naming(path, unfinished):
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+            os.replace(unfinished, real)
+        finally:
             unfinished.unlink(missing_ok=True)
 
 
-class _Named(io.FileIO):
-    """A file whose errors name the path `shown`; what else is wrong in a with block is no matter of it."""
-
-    shown: Path
-
-    def write(self, data: Any) -> int | None:
-        with _naming(self.shown):
-            return super().write(data)
-
-
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path, unfinished: str | os.PathLike[str] | None = None) -> Iterator[None]:
+    """Where `path` is written, under names that begin with `unfinished` at first: an OSError about those names `path`.
+
+    So does one of a full disk, which names nothing. Others are of files that are read meanwhile.
+    """
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"cannot be written ({error.strerror}): write elsewhere", str(path)) from None
+        if error.filename is None:
+            ours = error.errno in _FULL
+        else:
+            ours = unfinished is not None and str(error.filename).startswith(os.fspath(unfinished))
+        if not ours:
+            raise
+        raise OSError(
+            error.errno, f"cannot be written ({os.strerror(error.errno)}): write elsewhere", str(path)
+        ) from None
 
 
 def _is_stream(path: Path) -> bool:
@@ -75,7 +73,7 @@ def _is_stream(path: Path) -> bool:
     except FileNotFoundError:
         return False
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        raise IsADirectoryError(errno.EISDIR, "is a folder, where a file shall be written: write elsewhere", str(path))
     return not stat.S_ISREG(mode)
 
 

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ovisnb.data.files import wants_lines
+from ovisnb.data.files import naming, wants_lines
 from ovisnb.data.formats import write_records
 from ovisnb.data.record import Media, Record, RecordError, Turn
 from ovisnb.data.shapes import RecordMaker
@@ -52,7 +52,8 @@ def make_sample(
         if path.exists() or path.is_symlink():
             raise RecordError(f"{path} is there already: remove it, or give another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
+    hidden = f".{out.name}."
+    with naming(out, out.parent / hidden), TemporaryDirectory(prefix=hidden, dir=out.parent) as unfinished:
         pictures, data = Path(unfinished, folder.name), Path(unfinished, out.name)
         pictures.mkdir()
         write_records(_records(num_samples, seed, kinds, pictures), data)

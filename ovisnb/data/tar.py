@@ -89,6 +89,8 @@ def row(path: Path, sample: Sample, number: int) -> Row:
 
 def tar_entries(path: Path, reader: Reader | None, options: Options) -> Iterator[Row]:
     """The samples of a tar as `read_entries` gives rows, with the bytes of their pictures; a line is their number."""
+    if not any(sample.text for sample in samples(path)):
+        raise RecordError(f"{path} is a tar without .json or .txt members: unpack it, and give the data file in it")
     for number, sample in enumerate(samples(path), start=1):
         for found in entries_of([row(path, sample, number)], reader, options):
             try:

@@ -75,6 +75,15 @@ def test_what_keeps_a_file_from_being_written_names_that_file(tmp_path, monkeypa
     assert caught.value.filename == str(tmp_path / "b.json") and ".tmp" not in str(caught.value)
     assert os.listdir(tmp_path) == ["file"]
 
+    def locked(path, *more, **options):
+        raise OSError(errno.EROFS, "Read-only file system", os.fspath(path))
+
+    monkeypatch.setattr(type(tmp_path), "open", locked)
+    monkeypatch.setattr(type(tmp_path), "unlink", locked)
+    with pytest.raises(OSError) as caught:
+        write_json({}, tmp_path / "b.json")
+    assert caught.value.filename == str(tmp_path / "b.json") and ".tmp" not in str(caught.value)
+
 
 def test_a_full_disk_names_the_file_and_not_what_was_read(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")

@@ -99,10 +99,11 @@ def test_another_kind_of_file_is_called_what_it_is(kind, said, name, reader, tmp
 
 def test_a_table_of_text_is_no_json(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("id,image,question,answer\n1,a.png,What?,A cat.\n")
+    path.write_text("id,image,answer\n1,a.png,A cat.\n")
     [fault] = validate(path)
-    assert (fault.kind, fault.line) == ("broken_json", 1) and fault.message == (
-        "no JSON, for it begins with 'id,image,question,an': a data file is JSON lines, a JSON list or a parquet file"
+    assert (fault.kind, fault.line) == ("broken_json", 1)
+    assert fault.message == (
+        "no JSON, for it begins with 'id,image,answer': write JSON lines, a JSON list or a parquet file"
     )
 
 
@@ -176,6 +177,14 @@ def test_a_tar_is_checked_counted_and_converted_as_a_table_is(shard, capsys):
     for read in (split, lambda path: list(spread(path, 2))):
         with pytest.raises(RecordError, match=r"shard\.tar is a tar: `ovisnb data convert` writes it as a data file"):
             read(shard)
+
+
+def test_a_tar_of_a_folder_is_to_be_unpacked(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "a.jsonl", "all/a.jsonl")
+    with pytest.raises(RecordError, match="all.tar is a tar without .json or .txt members: unpack it"):
+        validate(tmp_path / "all.tar")
 
 
 def test_a_tar_that_is_cut_off_is_one_sentence(shard):

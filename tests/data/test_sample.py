@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -79,3 +80,15 @@ def test_paths_start_in_the_folder_of_the_file(tmp_path):
     [first, _] = json.loads(path.read_text())
     assert first["image"] == "s_images/0000a.png"
     assert Media(path=first["image"]).path.startswith("s_images/")
+
+
+def test_a_full_disk_names_the_sample(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for target in ("PIL.Image.Image.save", "json.dumps", "tempfile.mkdtemp"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, full)
+            with pytest.raises(OSError, match=r"\] cannot be written \(No space left on device\): write") as caught:
+                make_sample(tmp_path / "s.json", 1)
+        assert caught.value.filename == str(tmp_path / "s.json") and not list(tmp_path.iterdir())

@@ -241,8 +241,8 @@ class _Document:
             elif text.startswith("{", start):
                 end = yield from self.object(start)
             else:
-                said = f"no JSON, for it begins with {text[start : start + 20]!r}: "
-                said += "a data file is JSON lines, a JSON list or a parquet file"
+                begins = text[start : start + 20].split("\n")[0]
+                said = f"no JSON, for it begins with {begins!r}: write JSON lines, a JSON list or a parquet file"
                 yield _Found(start, start, None, RecordError(said, kind="broken_json"))
                 return
             if end is not None and end != len(text):
