@@ -185,7 +185,8 @@ class _Checker:
                 said = "a text beside its turns holds half a character (a lone surrogate): write it as UTF-8"
                 self._add("not_utf8", checked.name, row.line, said)
             else:
-                self._add("broken_json", checked.name, row.line, "holds what JSON has not, such as NaN or Infinity")
+                said = "holds what JSON has not, such as NaN or Infinity: repair or drop it"
+                self._add("broken_json", checked.name, row.line, said)
             return
         self.ledger.add(row.line, checked.name, number, checked.answer)
         self._check_leaks(row, checked, seen, number)

@@ -374,8 +374,7 @@ def _broken(error: Exception, column: int | None = None, lost: str = "") -> Reco
     elif isinstance(error, RecursionError):
         said = "JSON nested too deeply to read: flatten this record"
     else:
-        reason = str(error).partition(":")[0]  # of very many digits; what follows is advice to programmers
-        said = f"JSON that cannot be read ({reason}): repair or drop this line"
+        said = "a number of thousands of digits cannot be read: repair or drop this line"
     return RecordError(said + lost, kind="broken_json")
 
 
