@@ -274,12 +274,14 @@ def test_a_box_for_each_name(tmp_path):
 def test_shares_are_no_pixels(tmp_path):
     row = {**REFERRED, "bbox": [0.1, 0.2, 0.5, 0.6]}
     for format in ("refcoco:xyxy", "refcoco:xywh", "refcoco:xyxy,thousand"):
-        with pytest.raises(RecordError, match="shares of a picture .*say so .*normalised") as refusal:
+        with pytest.raises(
+            RecordError, match="shares of a picture .*read the file with --format refcoco:xy..,normalised"
+        ) as refusal:
             refcoco(tmp_path, row, format=format)
         assert refusal.value.kind == "unreadable_box"
     assert refcoco(tmp_path, row, format="refcoco:xyxy,normalised")
     with pytest.raises(
-        RecordError, match=r"annotation 1: its box is \[0.1, 0.1, 0.4, 0.5\], which are shares .*count pixels"
+        RecordError, match=r"annotation 1: its box is \[0.1, 0.1, 0.4, 0.5\], which are shares .*multiply by"
     ):
         coco(tmp_path, box(1, 18, [0.1, 0.1, 0.4, 0.5]))
 
@@ -291,7 +293,8 @@ def test_the_rows_size_is_held_against_the_picture(tmp_path):
         coco(tmp_path, box(1, 18, [20, 50, 40, 20]), images=images, image_folder=tmp_path)
     assert coco(tmp_path, box(1, 18, [20, 50, 40, 20]), images=images)  # not there: the file is all that is known
     region = {"image": "a.jpg", "phrase": "dog", "bbox_xywh": [20, 50, 40, 40], "width": 40, "height": 40}
-    for row in (region, {**region, "width": 30, "x": 25, "y": 55}):  # of Visual Genome: those of the box
+    corners = {**region, "bbox_xywh": None, "bbox_xyxy": [20, 50, 60, 90]}
+    for row in (region, corners, {**region, "width": 30, "x": 25, "y": 55}):  # of Visual Genome: those of the box
         [record] = refcoco(tmp_path, row, image_folder=tmp_path)
         assert said(record)[1] == "<ref>dog</ref><box>(0.100,0.500),(0.300,0.900)</box>"
         with pytest.raises(RecordError, match="there is no picture"):

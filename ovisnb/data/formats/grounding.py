@@ -89,7 +89,7 @@ def _questions_of(entry: dict, options: Options, kinds: Sequence[str]) -> Iterat
     for image in _objects(entry, "images"):
         file = repr([image.get(key) for key in (*PICTURE_KEYS, "caption")])
         first, group_of[image["id"]] = groups.setdefault(file, (image, []))
-        if any(image.get(key) != first.get(key) for key in ("width", "height")):
+        if image is not first and any(image.get(key) != first.get(key) for key in ("width", "height")):
             both = f"images {short(first['id'])} and {short(image['id'])}"
             raise RecordError(f"{both} are one file of two sizes: correct or drop one of them")
     for annotation in _objects(entry, "annotations"):
@@ -117,20 +117,22 @@ def refcoco(
     shown = picture(shown[0] if isinstance(shown, list) and len(shown) == 1 else shown)
     several = isinstance(numbers, list) and bool(numbers) and isinstance(numbers[0], list)
     listed = numbers if several else [numbers]
-    form = _BOX_KEYS[box_key] or _form(entry) or _form_of_raw(entry, listed[0], box_key) or form
+    form = _BOX_KEYS[box_key] or _form(entry) or _form_of_raw(entry, listed[0]) or form
     if form is None:
         raise RecordError(
             f"nothing says whether `{box_key}` is x, y, width, height or two corners: read the file with "
             "--format refcoco:xywh or --format refcoco:xyxy"
         )
+    named = [f"`{box_key}`" + (f" {number}" if several else "") for number in range(1, len(listed) + 1)]
+    advice = f"read the file with --format refcoco:{form},normalised"
+    corners = [_corners(one, form, name, unit, advice) for one, name in zip(listed, named)]
     if unit == "pixels":
-        extent = _size({} if _is_of_box(entry, listed, form) else entry, shown, options)
+        extent = _size({} if _is_of_box(entry, corners) else entry, shown, options)
     else:
         extent = boxes.extent(unit)
     found = []
-    for number, one in enumerate(listed, start=1):
-        named = f"`{box_key}`" + (f" {number}" if several else "")
-        box, note = _share(_corners(one, form, named, unit), extent, named)
+    for one, name in zip(corners, named):
+        box, note = _share(one, extent, name)
         if box is None:
             raise RecordError(f"{note}: correct or drop it", kind=note.kind)
         found.append((box, note))
@@ -138,12 +140,7 @@ def refcoco(
     if taken := next((key for key in ("conversations", "video", "image", "objects") if key in rest), None):
         raise RecordError(f"a row of this format may not have `{taken}` beside `{picture_key}`: rename it")
     names = [_name(name) for name in _names(said, name_key)]
-    asked = [(name, found) for name in names]
-    if len(names) > 1 and len(found) > 1:
-        if len(names) != len(found):
-            counts = f"`{name_key}` has {len(names)} names and `{box_key}` {len(found)} boxes"
-            raise RecordError(f"{counts}: give a box for each name, or one for all")
-        asked = [(name, [one for one, own in zip(found, names) if own == name]) for name in dict.fromkeys(names)]
+    asked = _asked(names, found, f"`{name_key}`", f"`{box_key}`")
     for number, (name, own) in enumerate(asked):
         row = {**rest, "image": [shown]}
         if len(asked) > 1 and _is_id(rest.get("id")):
@@ -151,6 +148,19 @@ def refcoco(
         yield from _questions(
             "Find {the}", name, [box for box, _ in own], kinds, [note for _, note in own if note], row
         )
+
+
+def _asked(names: Sequence[str], found: Sequence[Any], of_names: str, of_boxes: str) -> list[tuple[str, Sequence[Any]]]:
+    """What each name is answered with: of several names and as many boxes its own, else all of them."""
+    if len(names) == 1 or len(found) == 1:
+        return [(name, found) for name in names]
+    if len(names) != len(found):
+        counts = f"{of_names} has {len(names)} names and {of_boxes} {len(found)} boxes"
+        raise RecordError(f"{counts}: give a box for each name, or one for all")
+    own: dict[str, list[Any]] = {}
+    for name, one in zip(names, found):
+        own.setdefault(name, []).append(one)
+    return list(own.items())
 
 
 def _of_image(
@@ -196,8 +206,8 @@ def _boxes(annotations: Sequence[dict], size: tuple[int, int]) -> tuple[list[Box
     found, notes, unusable = [], [], None
     for annotation in annotations:
         named = f"annotation {short(annotation['id'])}: its box"
-        form = _form(annotation) or "xywh"
-        box, note = _share(_corners(annotation.get("bbox"), form, named), size, named)
+        form, advice = _form(annotation) or "xywh", "multiply by the picture's width and height"
+        box, note = _share(_corners(annotation.get("bbox"), form, named, "pixels", advice), size, named)
         if box is None:
             unusable = note
             notes.append(Note(f"{note}: it is left out", note.kind))
@@ -247,13 +257,12 @@ def _share(box: Box, extent: tuple[float, float], named: str) -> tuple[Box | Non
     return share, None if all(abs(a - b) <= slack for a, b in zip(inside, box)) else note
 
 
-def _corners(numbers: Any, form: str, named: str, unit: str = "pixels") -> Box:
-    """Four numbers of a file -> x1, y1, x2, y2 in the same `unit`."""
+def _corners(numbers: Any, form: str, named: str, unit: str, advice: str) -> Box:
+    """Four numbers of a file -> x1, y1, x2, y2 in the same `unit`; `advice` is for shares in its place."""
     if not isinstance(numbers, (list, tuple)) or len(numbers) != 4 or not all(map(is_number, numbers)):
         raise RecordError(f"{named} is {short(numbers)}: a box is four numbers", kind="unreadable_box")
     if fault := boxes.misread(numbers, unit):
-        said = f"{named} {fault}: say so (refcoco:{form},normalised) or, in COCO's form, count pixels"
-        raise RecordError(said, kind="unreadable_box")
+        raise RecordError(f"{named} {fault}: {advice}", kind="unreadable_box")
     x, y, *rest = numbers
     return Box(x, y, *rest) if form == "xyxy" else Box(x, y, x + rest[0], y + rest[1])
 
@@ -310,12 +319,12 @@ def _size(row: dict, shown: Any, options: Options) -> tuple[int, int]:
     return size
 
 
-def _is_of_box(row: dict, listed: Sequence[Any], form: str) -> bool:
-    """Whether `width` and `height` of a row are its box's, as in Visual Genome: no picture is as wide as such a box."""
+def _is_of_box(row: dict, found: Sequence[Box]) -> bool:
+    """Whether `width` and `height` of a row are its box's, as in Visual Genome: such a picture would end before the box."""
     if {"x", "y"} <= row.keys():
         return True
     sides = [row.get("width"), row.get("height")]
-    return form == "xywh" and any(one[2:] == sides and any(one[:2]) for one in listed if isinstance(one, list))
+    return any((box.x1 or box.y1) and [box.x2 - box.x1, box.y2 - box.y1] == sides for box in found)
 
 
 def _form(row: dict) -> str | None:
@@ -330,15 +339,14 @@ def _form(row: dict) -> str | None:
     return None
 
 
-def _form_of_raw(row: dict, numbers: Any, named: str) -> str | None:
+def _form_of_raw(row: dict, numbers: Any) -> str | None:
     """What COCO's own annotation in `raw_anns`, whose box is x, y, width, height, shows a row's box to be."""
     raw = row.get("raw_anns")
     try:
         raw = json.loads(raw) if isinstance(raw, str) else raw
-        known = _corners(raw["bbox"], "xywh", "`raw_anns`")
-        return next(
-            form for form in FORMS if all(abs(a - b) < 0.5 for a, b in zip(_corners(numbers, form, named), known))
-        )
+        known = _corners(raw["bbox"], "xywh", "", "pixels", "")
+        own = {form: _corners(numbers, form, "", "pixels", "") for form in FORMS}
+        return next(form for form in FORMS if all(abs(a - b) < 0.5 for a, b in zip(own[form], known)))
     except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
         return None
 
