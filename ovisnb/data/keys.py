@@ -9,7 +9,7 @@ is as if it were not there. Of the others:
 - `loss` (ms-swift), `weight` (OpenAI), `train` or `training` (Axolotl), false or 0, makes an answer one without loss:
   `ignored_gpt`. True or 1 is what holds anyway. Any other value, and true on a turn that is no answer,
   ask for what does not exist here: refused.
-- a key that is not read is refused where it names a picture, a video, sound, loss, a call or text: what is learnt
+- a key that is not read is refused where it names a picture, a video, sound, a file, loss, a call or text: what is learnt
   would be another thing than was written.
 - any other key that is not read is told (`validate` lists it as unknown_key), except `NAMES`, which teach nothing.
 """
@@ -36,7 +36,7 @@ UNREAD = {
 FLAGS = ("loss", "weight", "train", "training")
 NAMES = ("id", "name", "source", "tool_call_id")
 _CARRIES = re.compile(
-    r"image|img|photo|picture|video|audio|loss|weight|train|mask|function_call|tool_calls|^(?:text|content|value)$",
+    r"image|img|photo|picture|video|audio|loss|weight|train|mask|function_call|tool_calls|^(?:text|content|value|path|url|bytes|base64)$",
     re.IGNORECASE,
 )
 

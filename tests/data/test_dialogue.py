@@ -95,6 +95,7 @@ def test_an_answer_that_is_not_to_be_learnt_carries_no_loss(tmp_path, flag, suff
         {"messages": [*talk("q", "a", **flag), *talk("r", "b")]},
         {"conversations": [*shared("q", "a", **flag), *shared("r", "b")]},
         {"conversations": [*shared("q", "a", **flag), *shared("r", "b")], "system": "Be brief."},
+        {"texts": [{"user": "q", "assistant": "a", **flag}, {"user": "r", "assistant": "b"}]},
     ):
         record = read(tmp_path, row, suffix)
         assert [turn.role for turn in record.turns[-4:]] == ["human", "ignored_gpt", "human", "gpt"]
@@ -114,6 +115,7 @@ def test_an_answer_that_is_not_to_be_learnt_carries_no_loss(tmp_path, flag, suff
         ({"image": "a.jpg"}, "its key 'image' is not read"),
         ({"audio": {"id": "x"}}, "its key 'audio' is not read"),
         ({"function_call": {"name": "f"}}, "its key 'function_call' is not read"),
+        ({"base64": "AAAA"}, "its key 'base64' is not read"),
         ({"text": "more"}, "its key 'text' is not read"),
     ],
 )
@@ -123,8 +125,7 @@ def test_what_a_turn_says_beside_its_words_is_not_lost(tmp_path, turn, part):
         {"conversations": shared("q", "a", **turn)},
         {"texts": [{"user": "q", "assistant": "a", **turn}]},
     ):
-        if "texts" not in row or "loss" not in part and "weight" not in part:
-            assert part in refused(tmp_path, row)
+        assert part in refused(tmp_path, row)
     with pytest.raises(RecordError, match="turn 2: its"):
         Record.from_dict({"conversations": shared("q", "a", **turn)})
     if "weight" in turn or "loss" in turn:
@@ -210,6 +211,11 @@ def test_of_two_conversations_one_is_read_and_told(tmp_path):
     assert said(record) == [("human", "q"), ("gpt", "a")]
     assert record.notes == ("the row has `messages` and `conversations`: only `messages` is read",)
 
+    row = {"messages": talk("q"), "chosen": talk("", "a")[1:], "rejected": [], "tools": [{"name": "f"}]}
+    notes = read(tmp_path, row).notes
+    assert notes[0] == "the row has `messages` and `chosen`: only `messages` is read"
+    assert notes[1].startswith("`tools` is only kept in `meta`") and notes[1].kind == "unknown_key"
+
 
 def test_preferences_and_marks_of_bad_answers(tmp_path):
     row = {"messages": talk("q", "a"), "rejected_response": "b"}  # ms-swift
@@ -225,5 +231,6 @@ def test_preferences_and_marks_of_bad_answers(tmp_path):
         {"conversations": shared("q", "a"), "kto_tag": False},
     ):
         assert "is false, which marks an answer that is not to be learnt" in refused(tmp_path, row)
+    assert read(tmp_path, {"prompt": "q", "label": False}).meta == {"label": False}  # what a rollout is to find
     assert read(tmp_path, {"prompt": "q", "completion": "a", "label": True}).meta == {"label": True}
     assert read(tmp_path, {"conversations": shared("q", "a"), "label": False}).meta == {"label": False}

@@ -324,7 +324,8 @@ def test_what_has_no_form(tmp_path):
 keys = st.sampled_from(
     ["messages", "prompt", "completion", "texts", "conversations", "images", "image", "videos", "video", "id", "kind"]
     + ["role", "content", "type", "text", "url", "index", "tool_calls", "function", "name", "arguments", "bbox", "user"]
-    + ["chosen", "rejected", "image_url", "bytes", "path", "reasoning_content", "assistant", "box"]
+    + ["chosen", "rejected", "image_url", "bytes", "path", "reasoning_content", "assistant", "box", "from", "value"]
+    + ["query", "response", "instruction", "input", "output", "system", "objects", "ref", "loss", "weight", "thinking"]
 )
 values = st.recursive(
     st.none()
@@ -337,14 +338,20 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
     max_leaves=12,
 )
-message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": values})
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": values | st.just("<bbox><ref-object>")},
+    optional={"loss": values, "thinking": values, "image": values},
+)
+objects = st.fixed_dictionaries({}, optional={"ref": values, "bbox": values, "bbox_type": values})
+more = {"images": values, "videos": values, "system": values, "label": values, "objects": values | objects}
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(keys, values, max_size=5)
-    | st.fixed_dictionaries({"messages": st.lists(message, max_size=4)}, optional={"images": values, "videos": values}),
-    st.sampled_from([None, "messages"]),
+    | st.fixed_dictionaries({"messages": st.lists(message, max_size=4)}, optional=more)
+    | st.fixed_dictionaries({"conversations": st.lists(message, max_size=4)}, optional=more),
+    st.sampled_from([None, "messages", "records"]),
 )
 def test_any_row_is_a_record_or_a_sentence(tmp_path_factory, row, format):
     try:

@@ -12,6 +12,8 @@
 - `texts` of `{"user", "assistant"}` pairs, also with `system`.
 - `system` or `system_prompt` of a row is its first message.
 
+A row whose answer KTO marks as bad (`label` or `kto_tag` false) is refused.
+
 What the keys of a message mean, `ovisnb.data.keys` says.
 """
 
@@ -57,11 +59,11 @@ def matches(row: dict[str, Any]) -> bool:
 
 def dialogue(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
     """-> (the keys that are read, the messages); RecordError, one sentence."""
+    used, messages = _messages(row)
     for key in ("label", "kto_tag"):
-        if row.get(key) is False:
+        if row.get(key) is False and any(message.role == "gpt" for message in messages):
             said = f"its `{key}` is false, which marks an answer that is not to be learnt: drop the row"
             raise RecordError(said, kind="no_answer")
-    used, messages = _messages(row)
     system = [key for key in _SYSTEM if holds(row.get(key))]
     if len(system) + (bool(messages) and messages[0].role == "system") > 1:
         raise RecordError(f"the row has `{system[0]}` and another system message: keep one")
@@ -131,16 +133,17 @@ def _message(message: Any, where: str, answer: str) -> Message:
 
 
 def _from_pairs(pairs: Any) -> list[dict]:
-    """`texts` of user and assistant pairs -> messages; what else a pair holds goes with its first."""
+    """`texts` of user and assistant pairs -> messages; what else a pair holds is said of its answer."""
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
         raise RecordError('`texts` is a list of pairs: write [{"user": ..., "assistant": ...}]')
     found: list[dict] = []
     for pair in pairs:
         rest = {key: value for key, value in pair.items() if key not in ("system", "user", "assistant")}
-        for role in ("system", "user", "assistant"):
-            if holds(pair.get(role)) or (role != "system" and pair.get(role) is not None):
-                found.append({**rest, "role": role, "content": pair[role]})
-                rest = {}
+        system = {"system": pair["system"]} if holds(pair.get("system")) else {}
+        said = system | {role: pair[role] for role in ("user", "assistant") if pair.get(role) is not None}
+        found += [{"role": role, "content": text} for role, text in said.items()]
+        if found:
+            found[-1] = rest | found[-1]
     return found
 
 

@@ -43,8 +43,8 @@ _PAYLOADS = {"image": ("image", "image_url", "url", "path", "bytes"), "video": (
 _KINDS = {kind: kind.split("_")[0] for kind in ("text", "image", "image_url", "video", "video_url")}
 _PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
 _OPEN, _CLOSE = "<tool_response>", "</tool_response>"
-# Other conversations that may stand beside `messages`, and answers that may stand beside a question, unread.
-_OTHERS, _MAYBE_ANSWERS = ("conversations", "texts", "prompt", "query"), ("answer", "output", "target")
+# What may stand beside `messages` or a question, unread: other conversations, questions repeated, another's answers.
+_OTHERS, _REPEATED, _MAYBE = ("conversations", "texts", "chosen"), ("prompt", "query"), ("answer", "output", "target")
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 
 
@@ -69,7 +69,7 @@ def entries(entry: dict, options: Options) -> Iterator[dict]:
     taken = (*used, "images", "image", "videos", "video", "conversations")
     row = Entry({key: value for key, value in entry.items() if key not in taken})
     if are_objects(entry.get("objects")) and any(has_placeholder(turn.text) for turn in turns):
-        _fill(row, turns)
+        notes += _fill(row, turns)
     if media.placed["image"]:
         row["image"] = media.placed["image"]
     if media.placed["video"]:
@@ -84,7 +84,7 @@ def rows(records: Iterable[Record]) -> Iterator[dict]:
     return map(_row, records)
 
 
-READER = Reader("messages", "messages, or prompt and completion", matches, entries, rows)
+READER = Reader("messages", "messages, prompt and completion, or query and response", matches, entries, rows)
 
 
 @dataclass
@@ -152,32 +152,35 @@ class _Media:
             raise RecordError(f"the row has {count} videos, and a record has one: split it")
 
 
-def _left(row: dict, used: Sequence[str]) -> list[str]:
+def _left(row: dict, used: Sequence[str]) -> list[Note]:
     """A note for what may be another conversation or another answer, and is not read."""
     notes = []
-    if used[0] in ("messages", "conversations"):
-        for key in _OTHERS:
-            if key not in used and holds(row.get(key)):
-                said = f"the row has `{used[0]}` and `{key}`: only `{used[0]}` is read"
-                notes.append(Note(said, "changed_on_reading" if key == "conversations" else "remark"))
+    for key in (*_OTHERS, *_REPEATED):
+        if used[0] in ("messages", "conversations") and key not in used and holds(row.get(key)):
+            kind = "remark" if key in _REPEATED else "changed_on_reading"
+            notes.append(Note(f"the row has `{used[0]}` and `{key}`: only `{used[0]}` is read", kind))
     for key in _REJECTED:
         if holds(row.get(key)) and (key != "rejected" or "chosen" in used):
             notes.append(Note(f"of the two answers `{used[-1]}` is read, and `{key}` is only kept in `meta`", "remark"))
-    if used == ("prompt", "completion", "response"):
-        for key in _MAYBE_ANSWERS:
-            if holds(row.get(key)):
-                said = f"`{key}` is only kept in `meta`: name it `completion` if it is the answer to learn"
-                notes.append(Note(said, "remark"))
+    for key in _MAYBE:
+        if used[0] == "prompt" and "completion" in used and row.get("completion") is None and holds(row.get(key)):
+            said = f"`{key}` is only kept in `meta`: name it `completion` if it is the answer to learn"
+            notes.append(Note(said, "remark"))
+    if holds(row.get("tools")):
+        said = "`tools` is only kept in `meta`: write what the model is to know of them into a system message"
+        notes.append(Note(said, "unknown_key"))
     return notes
 
 
-def _fill(row: Entry, turns: list[_Turn]) -> None:
+def _fill(row: Entry, turns: list[_Turn]) -> list[Note]:
     """Put the objects of a row into its turns; it then says what their numbers count."""
     texts, counts = filled([turn.text for turn in turns], row.pop("objects"))
     if row.setdefault("box_coordinates", counts) != counts:
         raise RecordError(f"`objects` count {counts}, but `box_coordinates` is another: drop `box_coordinates`")
     for turn, text in zip(turns, texts):
         turn.text = text
+    said = f"the boxes of `objects` count {counts}: convert them (`ovisnb data convert --boxes normalised`)"
+    return [] if counts == "normalised" else [Note(f"{said} to have them as Ovis2.5 writes them", "remark")]
 
 
 def _column(row: dict, kind: str) -> list[Any]:
