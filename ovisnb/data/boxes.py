@@ -204,7 +204,9 @@ def write_numbers(numbers: Sequence[float], convention: Convention) -> list[str]
 def _three_decimals(number: float) -> str:
     # A number far outside [0, 1] is a pixel in the wrong place: clipping it would hide the mistake.
     if not -0.01 <= number <= 1.01:
-        raise ValueError(f"a normalised coordinate lies in [0, 1], but got {number:g}, which counts pixels or 0 to 1000")
+        raise ValueError(
+            f"a normalised coordinate lies in [0, 1], but got {number:g}, which counts pixels or 0 to 1000"
+        )
     return f"{min(max(number, 0.0), LARGEST):.3f}"
 
 

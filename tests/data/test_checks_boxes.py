@@ -10,7 +10,7 @@ from tests.data.test_checks import box_of, kinds, talk
 def test_a_remark_is_no_fault(check):
     more = [{"from": "human", "value": "And?"}]
     rows = [{"conversations": [*talk("Hi", answer)["conversations"], *more]} for answer in ("a", "b")]
-    rows += [talk("Hi", f"[{{'bbox_2d': [1, 2, {n}, 40]}}]") for n in (30, 31)]
+    rows += [talk(answer=f"[{{'bbox_2d': [1, 2, {n}, 40]}}]", image="good.png") for n in (30, 31)]
     rows += [talk(answer="<box>(0.1,0.2),(1.000,0.4)</box>", image="good.png")]
     check(*rows)
     text = check.report.text()

@@ -103,7 +103,7 @@ def check_entry(
     _check_pictures(reading, entry.folder if isinstance(entry, Entry) else None, checked)
     pictured = reading.images or reading.video or any(IMAGE in (text or "") for _, text in reading.said)
     for number, (role, text) in enumerate(reading.said, start=1):
-        if text is not None and role in ANSWERS and (found := markup.foreign_box(text)):
+        if pictured and text is not None and role in ANSWERS and (found := markup.foreign_box(text)):
             said = f"no box is read in an answer that holds what looks like one: {found}"
             checked.remarks.append(f"{said}: write it as <box>(x1,y1),(x2,y2)</box>")
         if text is not None and ("<" in text or control is not CONTROL):
