@@ -10,7 +10,8 @@ Three conventions, and every number is in one of them (a record says which its t
   Questions, answers and the Ovis2.5 grounding tags use normalised coordinates.
 - **thousand**: normalised times 1000, 0 to 1000, written as whole numbers, as other models do.
 
-Nothing converts by itself and nothing guesses a convention from the size of a number. Resizing a
+Nothing converts by itself and nothing guesses a convention from the size of a number; numbers that
+cannot be in the one that is said are refused (`misread`). Resizing a
 picture is `scaled`; a crop's own pixels are reached with `into_crop` and left with `out_of_crop`.
 
 A box is (x1, y1, x2, y2) with x1 < x2 and y1 < y2; (x2, y2) is the far edge, so a box over a whole

@@ -36,10 +36,10 @@ KINDS: dict[str, str] = {
     "control_token": "A turn's text holds a control token: it is encoded as plain text, never as a control token.",
     "unclosed_tag": "A tag (<think>, <answer>, <tool_call>, <box>, ...) is opened and not closed, or closed and not opened.",
     # boxes and points, in tags, tool calls and picture entries
-    "unreadable_box": "A box, point or tool call cannot be read.",
+    "unreadable_box": "A box, point or tool call cannot be read, or cannot be in its convention.",
     "inverted_box": "A box's corners are the wrong way round: x1 > x2 or y1 > y2.",
     "empty_box": "A box has no area.",
-    "box_outside": "A box or point reaches out of its picture.",
+    "box_outside": "A box or point reaches out of its picture, or has none.",
     "changed_on_reading": "Reading the row changed something, such as a box that was clipped to its picture.",
     # pictures and videos
     "missing_file": "There is no file at a picture's or video's path.",
