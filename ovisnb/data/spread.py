@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ovisnb.data.formats import Options, Row, entries_of, read_rows, reader_of
-from ovisnb.data.formats.rows import is_lines, line_rows
+from ovisnb.data.formats import Options, Row, entries_of, read_entries, reader_of
+from ovisnb.data.formats.rows import kind_of, line_rows
 
 COUNTED = 4 << 30
 """Bytes of a file whose lines are counted (under a second a gigabyte, if the disk is as fast)."""
@@ -38,13 +38,13 @@ def spread(
     """
     path, reader = Path(path), None if format is None else reader_of(format)
     options = Options(path, image_folder, template)
-    rows = read_rows(path)  # refuses a file that is missing
+    kind = kind_of(path)  # refuses a file that is missing
     if n < 1:
         return
+    if kind != "lines":
+        yield from _every(read_entries(path, image_folder=image_folder, format=format, template=template), n)
+        return
     with path.open("rb") as file:
-        if not is_lines(file, path):
-            yield from _every(entries_of(rows, reader, options), n)
-            return
         size = os.fstat(file.fileno()).st_size
         places = _counted(file, n) if size <= COUNTED else _seeking(file, n, size)
         for number, (place, line) in enumerate(places):

@@ -13,8 +13,8 @@ A file's format is told by its rows, not by its name; each format is a `Reader` 
     captions      `{"image", "caption"}`, with a template for the question
     info          several data sets, each with its own folder, format and weight
 
-How rows lie in a file (JSON lines, a JSON list, parquet) is `ovisnb.data.formats.rows`'s matter. Every
-record knows its line ("train.json:12"), and so does every error.
+How rows lie in a file (JSON lines, a JSON list, parquet) is `ovisnb.data.formats.rows`'s matter, samples of a
+WebDataset tar are `ovisnb.data.tar`'s. Every record knows its line ("train.json:12"), and so does every error.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def read_records(
     `READERS`, which then reads every row; by default each row's keys tell. `template` is the question
     that goes with captions.
 
-    Raises RecordError, one sentence with file and line, for a missing or empty file, text that is
-    not UTF-8, broken JSON, a row of no known format and a record that is not sound; records before
+    Raises RecordError, one sentence with file and line, for a file that is missing, no data file or without a
+    record, text that is not UTF-8, broken JSON, a row of no known format and a record that is not sound; records before
     it have been given out. To go on after such a row, see `read_entries`.
     """
     options = Options(Path(path), image_folder, template)
