@@ -191,6 +191,8 @@ class Media(Frozen):
         if isinstance(entry, Mapping) and all(isinstance(key, str) for key in entry):
             fields = dict(entry)
             if (data := fields.pop("bytes", None)) is not None:
+                if str(fields.get("path")).lower().endswith(VIDEO_SUFFIXES):
+                    raise RecordError("a video in the row itself is not read: save it as a file and give its path")
                 fields = {**fields, "data": data, "path": None}  # its path is only where the bytes once lay
             return cls(**fields)
         raise RecordError(

@@ -33,6 +33,8 @@ UNREAD = {
     "messages": "write all turns in `conversations`",
 }
 """Keys of a record that others read and the record form does not, and what to do: none of them is kept in `meta`."""
+OBJECTS = {"<ref-object>": "ref", "<bbox>": "bbox"}
+"""ms-swift's placeholders for what stands in `objects`, and the key there."""
 FLAGS = ("loss", "weight", "train", "training")
 NAMES = ("id", "name", "source", "tool_call_id")
 _CARRIES = re.compile(
@@ -44,6 +46,23 @@ _CARRIES = re.compile(
 def holds(value: Any) -> bool:
     """Whether a key with this value says anything."""
     return not (value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value))
+
+
+def beside(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row of from/value turns says that the record form has not: key -> what to do.
+
+    The keys of `UNREAD`, LLaMA-Factory's `chosen` and `kto_tag`, and `objects` for which the text has placeholders.
+    """
+    found = {key: advice for key, advice in UNREAD.items() if key in row and holds(row[key])}
+    if isinstance(row.get("chosen"), dict):
+        found["chosen"] = "write it as the last turn"
+    if row.get("kto_tag") is False:
+        found["kto_tag"] = "it marks an answer that is not to be learnt, so drop the record"
+    if isinstance(row.get("objects"), dict) and isinstance(turns := row.get("conversations"), (list, tuple)):
+        texts = [turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)]
+        if any(placeholder in text for text in texts for placeholder in OBJECTS):
+            found["objects"] = "write its names and boxes into the text"
+    return found
 
 
 def role_of(turn: Mapping[str, Any], role: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ovisnb.data import markup
 from ovisnb.data.base import IMAGE, VIDEO, Entry, Media, Note, RecordError, Turn, kind_of, known_role
 from ovisnb.data.boxes import CONVENTIONS
-from ovisnb.data.keys import UNREAD, holds, role_of, told, unread
+from ovisnb.data.keys import beside, role_of, told, unread
 
 # Keys of a data file with a meaning here; every other key is kept in `meta`.
 FIELDS = ("id", "image", "video", "kind", "box_coordinates", "call_coordinates", "conversations")
@@ -61,9 +61,8 @@ class Reading:
         self.images = self._read_media("image") or []
         self.video = self._read_media("video")
         self._read_options()
-        for key, advice in UNREAD.items():
-            if holds(data.get(key)):
-                self._add(RecordError(f"the key `{key}` is not read: {advice}", kind="unknown_key"))
+        for key, advice in beside(data).items():
+            self._add(RecordError(f"the key `{key}` is not read: {advice}", kind="unknown_key"))
         self.meta = {key: value for key, value in data.items() if key not in FIELDS}
         self._whole_images = self._match()
 

@@ -190,11 +190,26 @@ def test_what_the_record_form_has_not_is_no_record(tmp_path):
             Record.from_dict({"conversations": shared("q", "a"), key: ["a.jpg"]})
         assert refusal.value.kind == "unknown_key"
         assert Record.from_dict({"conversations": shared("q", "a"), key: []}).meta == {key: []}
+    for key, value in (("chosen", {"value": "a"}), ("kto_tag", False), ("objects", {"bbox": [[1, 2, 3, 4]]})):
+        with pytest.raises(RecordError, match=f"the key `{key}` is not read"):
+            Record.from_dict({"conversations": shared("q", "<bbox>"), key: value})
+    record = Record.from_dict({"conversations": shared("q", "a"), "objects": {"bbox": [[1, 2, 3, 4]]}})
+    assert record.meta == {"objects": {"bbox": [[1, 2, 3, 4]]}}
     record = read(tmp_path, {"conversations": shared("<video>q", "a"), "videos": ["a.mp4"]})
     assert record.video == [Media(path="a.mp4")]
     row = {"conversations": shared("Picture 1: <img>a.jpg</img>\nWho?", "A cat.")}
     assert "turn 1: <img>a.jpg</img> names a picture" in refused(tmp_path, row)
     assert "turn 1: <img>" in refused(tmp_path, {"messages": talk("<img>a.jpg</img>Who?", "A cat.")})
+
+
+def test_the_bytes_of_a_video_are_called_what_they_are():
+    video = {"bytes": b"x", "path": "a.mp4"}
+    for row in (
+        {"conversations": shared("<video>", "a"), "video": video},
+        {"messages": talk("q", "a"), "videos": [video]},
+    ):
+        with pytest.raises(RecordError, match="a video in the row itself is not read: save it as a file"):
+            list(from_dataset([row]))
 
 
 def test_base64_alone_is_called_what_it_is(tmp_path):

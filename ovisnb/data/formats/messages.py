@@ -31,7 +31,7 @@ from typing import Any
 from ovisnb.data import markup
 from ovisnb.data.formats import dialogue
 from ovisnb.data.formats.dialogue import THOUGHTS, Message
-from ovisnb.data.formats.objects import are_objects, filled, has_placeholder
+from ovisnb.data.formats.objects import are_placed, filled
 from ovisnb.data.formats.parts import is_number, picture, plain, refuse_keys, refused, removed, short
 from ovisnb.data.formats.rows import Entry, Options, Reader
 from ovisnb.data.keys import holds, told, unread
@@ -68,7 +68,7 @@ def entries(entry: dict, options: Options) -> Iterator[dict]:
     notes += _left(entry, used)
     taken = (*used, "images", "image", "videos", "video", "conversations")
     row = Entry({key: value for key, value in entry.items() if key not in taken})
-    if are_objects(entry.get("objects")) and any(has_placeholder(turn.text) for turn in turns):
+    if are_placed(entry.get("objects"), [turn.text for turn in turns]):
         notes += _fill(row, turns)
     if media.placed["image"]:
         row["image"] = media.placed["image"]
@@ -141,8 +141,8 @@ class _Media:
             self.placed[kind] = waiting
             if count and _misplaced(turns, placeholder):
                 raise RecordError(
-                    f"{placeholder} stands in an answer or a system message and in no user message, and may be a word or "
-                    f"a {kind}: write {placeholder} in the user message that the {kind} belongs to"
+                    f"{placeholder} stands in an answer or a system message and in no user message, where it may be a "
+                    f"word: write {placeholder} in the user message that the {kind} belongs to"
                 )
             if count and not any(_has_whole(turn.text, placeholder) for turn in turns):
                 if first is None:

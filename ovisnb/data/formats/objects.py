@@ -16,21 +16,18 @@ from typing import Any
 
 from ovisnb.data.boxes import Convention, write_numbers
 from ovisnb.data.formats.parts import is_number, short
+from ovisnb.data.keys import OBJECTS
 from ovisnb.data.record import RecordError
 
-_PLACEHOLDERS = {"<ref-object>": "ref", "<bbox>": "bbox"}
-_PLACEHOLDER = re.compile("|".join(_PLACEHOLDERS))
+_PLACEHOLDER = re.compile("|".join(OBJECTS))
 _UNITS: dict[str, Convention] = {"real": "pixels", "norm1": "normalised", "norm1000": "thousand"}
 
 
-def are_objects(value: Any) -> bool:
-    """Whether `objects` of a row is of this form (other data sets keep other things there)."""
-    return isinstance(value, dict) and not value.keys().isdisjoint(_PLACEHOLDERS.values())
-
-
-def has_placeholder(text: str) -> bool:
-    """Whether an object is to stand in the text."""
-    return _PLACEHOLDER.search(text) is not None
+def are_placed(objects: Any, texts: Sequence[str]) -> bool:
+    """Whether `objects` of a row is of this form, and the text has places for them; others keep other things there."""
+    return (
+        isinstance(objects, dict) and any(map(_PLACEHOLDER.search, texts)) and bool(objects.keys() & OBJECTS.values())
+    )
 
 
 def filled(texts: Sequence[str], objects: dict[str, Any]) -> tuple[list[str], Convention]:
@@ -40,7 +37,7 @@ def filled(texts: Sequence[str], objects: dict[str, Any]) -> tuple[list[str], Co
     if unit is None:
         raise RecordError(f"`bbox_type` of `objects` is {short(counts)}: use {', '.join(_UNITS)}")
     waiting = {}
-    for placeholder, key in _PLACEHOLDERS.items():
+    for placeholder, key in OBJECTS.items():
         listed, count = objects.get(key) or [], sum(text.count(placeholder) for text in texts)
         if not isinstance(listed, (list, tuple)):
             raise RecordError(f"`{key}` of `objects` is {short(listed)}: write a list")

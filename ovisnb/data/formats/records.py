@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ovisnb.data import boxes
-from ovisnb.data.formats.objects import are_objects
 from ovisnb.data.formats.rows import Options, Reader
-from ovisnb.data.keys import UNREAD, holds
+from ovisnb.data.keys import beside
 from ovisnb.data.media import Folder, MediaError, folder_of, image_size
 from ovisnb.data.record import Note, Record, RecordError
 
@@ -23,17 +22,13 @@ from ovisnb.data.record import Note, Record, RecordError
 def matches(entry: Any) -> bool:
     """Whether a row has `conversations` with turns of from/value.
 
-    Turns of role/content are messages, and so is a row that says beside its turns what only messages do: `images`,
-    `system`, ms-swift's `objects`, LLaMA-Factory's `chosen` and `kto_tag`.
+    Turns of role/content are messages, and so is a row that says beside its turns what only messages do.
     """
     if not isinstance(entry, dict) or "conversations" not in entry:
         return False
     turns = entry["conversations"]
     first = turns[0] if isinstance(turns, list) and turns else None
-    if isinstance(first, dict) and "role" in first and "from" not in first:
-        return False
-    beside = any(holds(entry.get(key)) for key in UNREAD) or isinstance(entry.get("chosen"), dict)
-    return not (beside or entry.get("kto_tag") is False or are_objects(entry.get("objects")))
+    return not (isinstance(first, dict) and "role" in first and "from" not in first) and not beside(entry)
 
 
 def entries(entry: Any, options: Options) -> Iterator[dict]:
