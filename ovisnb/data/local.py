@@ -41,10 +41,11 @@ _BYTES = "\0bytes"  # the key that stands in JSON for a picture's bytes, beside 
 class LocalRecords(Sequence[Record]):
     """The records of data files, one file after the other, by number.
 
-    `paths`: one file or several, also patterns ("train-*.jsonl"), in any format that `read_records` reads but tars. The sets
-    of a data-info file that have weights are mixed as `ovisnb.data.formats.info` says, and `names` ("photos|captions")
-    chooses some of them. The other arguments are those of `read_records`; `cache_folder` is by default a folder in that
-    of Hugging Face's datasets. Several processes may open the same files at once: one reads, and the others wait for it.
+    `paths`: one file or several, also patterns ("train-*.jsonl"), in any format that `read_records` reads but tars. The
+    sets of a data-info file that have weights are mixed as `ovisnb.data.formats.info` says, and `names`
+    ("photos|captions") chooses some of them. The other arguments are those of `read_records`; `cache_folder` is by
+    default a folder in that of Hugging Face's datasets. Several processes may open the same files at once: one reads,
+    and the others wait for it.
 
     Raises RecordError, one sentence with file and line, where `read_records` would. Pictures are not opened.
     """
