@@ -25,8 +25,10 @@ ROLES: tuple[str, ...] = get_args(Role)
 IMAGE, VIDEO = "<image>", "<video>"
 # What other formats call our roles: closer in meaning than anything spelling could tell.
 OTHER_NAMES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
-# What marks an entry of `video` as a video file rather than a picture of one frame.
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# What marks an entry of `video` as a video file rather than a picture of one frame. Whether it is one that is read here
+# (MP4, MOV, MKV, WebM, AVI) its bytes say, and `ovisnb.data.containers`.
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES += (".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".vob", ".wmv", ".flv", ".ogv")
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how JPEG, PNG, GIF and WebP begin
 
 

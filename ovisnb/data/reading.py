@@ -241,17 +241,21 @@ def mismatch(
     images = sum(text.count(IMAGE) for text in texts)
     if images != listed:
         said = f"the turns hold {images} {IMAGE} but `image` lists {listed} {'picture' if listed == 1 else 'pictures'}"
-        return RecordError(f"{said}: {_image_advice(texts, images, listed, meta)}", kind="placeholder_count")
+        return RecordError(f"{said}: {_image_advice(texts, images, listed, video, meta)}", kind="placeholder_count")
     videos = sum(text.count(VIDEO) for text in texts)
     if videos != (video is not None):
-        advice = "remove `video` or" if video is not None else "list the frames in `video` or"
+        advice = "remove `video` or" if video is not None else "give the file or the frames in `video` or"
         have = "has one" if video is not None else "has none"
         said = f"the turns hold {videos} {VIDEO} but the record {have}: {advice} make the two match"
         return RecordError(said, kind="placeholder_count")
     return None
 
 
-def _image_advice(texts: Sequence[str], images: int, listed: int, meta: Mapping[str, Any]) -> str:
+def _image_advice(
+    texts: Sequence[str], images: int, listed: int, video: Sequence[Media | None] | None, meta: Mapping[str, Any]
+) -> str:
+    if video is not None and not listed and not any(VIDEO in text for text in texts):
+        return f"a video stands where {VIDEO} is, write that instead"
     misspelt = difflib.get_close_matches("image", filter(lambda key: isinstance(key, str), meta), 1, 0.8)
     if misspelt and not listed:
         return f"the key is `image`, not `{misspelt[0]}`"

@@ -183,6 +183,7 @@ def test_pictures(check, path, kind, said):
 def test_videos(check, pictures, video, expected):
     (pictures / "words.mp4").write_text("no video at all")
     assert kinds(check(talk("<video> What?", video=video))) == expected, check.report.text()
+    assert "there is no picture at none.mp4" not in check.report.text().replace(f"{pictures}/", "")
 
 
 def test_absolute_paths_are_taken_where_they_are_allowed(check, pictures):

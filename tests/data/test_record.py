@@ -228,8 +228,9 @@ def test_every_record_with_coordinates_says_which():
 def test_fewer_placeholders_than_pictures():
     assert "hold 0 <image> but `image` lists 2 pictures" in told(talk(("human", "Hi"), image=["a", "b"]))
     assert "remove `video`" in told(talk(("human", "Hi"), video=["a"]))
-    assert "list the frames in `video`" in told(talk(("human", "<video>")))
+    assert "give the file or the frames in `video`" in told(talk(("human", "<video>")))
     assert "hold 2 <video>" in told(talk(("human", "<video><video>"), video=["a"]))
+    assert "a video stands where <video> is, write that instead" in told(talk(("human", "<image>"), video="a.mp4"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ovisnb.data import Media, MediaError, Record, open_media
 from ovisnb.data import video as video_module
-from ovisnb.data.record import VIDEO_SUFFIXES
 from ovisnb.data.video import frame_count, frame_size, open_frames, sample_frames
 
 CODECS = {".mp4": "libx264", ".mov": "mpeg4", ".mkv": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4"}
@@ -98,19 +97,24 @@ def test_a_list_of_pictures(tmp_path):
     assert len(open_frames([Media(path="no.png"), *video], tmp_path, max_frames=3)) == 3  # not wanted, not read
 
 
-@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+@pytest.mark.parametrize("suffix", [*CODECS, ".m4v", ".MPG"])
 def test_a_video_file(tmp_path, suffix):
-    if suffix == ".m4v":
-        write(tmp_path / "a.mp4", range(0, 240, 10))
-        (tmp_path / "a.mp4").rename(tmp_path / "a.m4v")
-        video = [Media(path=str(tmp_path / "a.m4v"))]
-    else:
-        video = write(tmp_path / f"a{suffix}", range(0, 240, 10))
+    write(tmp_path / (f"a{suffix}" if suffix in CODECS else "a.mp4"), range(0, 240, 10))
+    if suffix not in CODECS:
+        (tmp_path / "a.mp4").rename(tmp_path / f"a{suffix}")
+    video = [Media(path=str(tmp_path / f"a{suffix}"))]
     assert frame_count(video) == 24 and frame_size(video) == (64, 48)
     assert_grey(open_frames(video), range(0, 240, 10))
     assert_grey(open_frames(video, max_frames=5), [10 * index for index in sample_frames(24, None, 5)])
     assert_grey(open_frames(video, min_frames=30), [10 * index for index in sample_frames(24, 30)])
     assert_grey(open_frames([Media(path=f"a{suffix}")], tmp_path, 1, 1), [120])
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".mpg", b"\0\0\1\xba"), (".ts", b"G@"), (".flv", b"FLV\1")])
+def test_a_video_in_another_format_is_no_broken_picture(tmp_path, suffix, start):
+    (tmp_path / f"a{suffix}").write_bytes(start + bytes(999))
+    said = f"a{suffix} is no video in a format read here (MP4, MOV, MKV, WebM, AVI): convert it"
+    assert said in told([Media(path=f"{tmp_path}/a{suffix}")])
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def look(media: Media, image_folder: Folder = None, max_area: int | None = None,
     path = None
     if media.path is not None:
         try:
-            path = find_file(media.path, image_folder)
+            path = find_file(media.path, image_folder, "video" if media.is_video else "picture")
         except MediaError as error:
             return Seen(None, (Found(error.kind, error.message),), file_number(media.path, image_folder))
     file = None if path is None else number_of(os.path.realpath(path))
