@@ -27,7 +27,7 @@ KINDS: dict[str, str] = {
     "unknown_format": "A row is in no known format, or its format's reader cannot read it.",
     # the form of a record
     "wrong_form": "A record, turn or picture entry has not the form of one.",
-    "unknown_key": "A key is not read, and looks like a slip for one that is.",
+    "unknown_key": "A key is not read: it looks like a slip for one that is, or says what would be lost.",
     "unknown_role": "A turn's role is none of system, human, gpt and ignored_gpt.",
     "placeholder_count": "The turns hold more or fewer <image> or <video> than the record lists pictures or videos.",
     "no_answer": "The conversation has no gpt turn, or an empty one: there is nothing to learn.",
