@@ -17,7 +17,7 @@ is as if it were not there. Of the others:
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ovisnb.data.base import Note, RecordError
@@ -33,6 +33,10 @@ UNREAD = {
     "messages": "write all turns in `conversations`",
 }
 """Keys of a record that others read and the record form does not, and what to do: none of them is kept in `meta`."""
+_FILES = re.compile(r"(image|img|picture|photo|video)s?_?(?:path|file|file_?name|name|ur[il])?s?", re.IGNORECASE)
+"""Keys under which others name the picture or video of a row, beside our own (`_MEDIA`)."""
+_MEDIA = ("image", "images", "video", "videos")
+_PICTURE_FILE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?)\Z", re.IGNORECASE)
 OBJECTS = {"<ref-object>": "ref", "<bbox>": "bbox"}
 """ms-swift's placeholders for what stands in `objects`, and the key there."""
 FLAGS = ("loss", "weight", "train", "training")
@@ -51,9 +55,12 @@ def holds(value: Any) -> bool:
 def beside(row: Mapping[str, Any]) -> dict[str, str]:
     """What a row of from/value turns says that the record form has not: key -> what to do.
 
-    The keys of `UNREAD`, LLaMA-Factory's `chosen` and `kto_tag`, and `objects` for which the text has placeholders.
+    The keys of `UNREAD`, LLaMA-Factory's `chosen` and `kto_tag`, `objects` for which the text has placeholders, and
+    the name of a picture under another key where the row has none: it would be learnt without.
     """
     found = {key: advice for key, advice in UNREAD.items() if key in row and holds(row[key])}
+    if not any(holds(row.get(key)) for key in _MEDIA):
+        found |= {key: f"it names a {what}, so name it `{name}`" for key, what, name in _named(row)}
     if isinstance(row.get("chosen"), dict):
         found["chosen"] = "write it as the last turn"
     if row.get("kto_tag") is False:
@@ -63,6 +70,18 @@ def beside(row: Mapping[str, Any]) -> dict[str, str]:
         if any(placeholder in text for text in texts for placeholder in OBJECTS):
             found["objects"] = "write its names and boxes into the text"
     return found
+
+
+def _named(row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(key, what it is, our key for it) for each key that names a picture or video under another name than ours."""
+    for key, value in row.items():
+        if not isinstance(key, str) or key in _MEDIA or not isinstance(value, (str, list, bytes)) or not value:
+            continue
+        found = _FILES.fullmatch(key)
+        if found and found[1].lower() == "video":
+            yield key, "video", "video"
+        elif found or (key in ("file_name", "filename") and _PICTURE_FILE.search(str(value))):
+            yield key, "picture", "image"
 
 
 def role_of(turn: Mapping[str, Any], role: str) -> str:

@@ -140,8 +140,8 @@ class Reading:
 
     def _read_media(self, key: str) -> list[Media | None] | None:
         entries = self.data.get(key)
-        if entries is None:
-            return None
+        if entries is None or (key == "video" and entries == [] and not self._asks_for(VIDEO)):
+            return None  # a table has every column in every row
         media = []
         for number, entry in enumerate(entries if isinstance(entries, (list, tuple)) else [entries], start=1):
             try:
@@ -149,6 +149,9 @@ class Reading:
             except RecordError as error:
                 media.append(self._refuse_picture(entry, f"entry {number} of `{key}`", error))
         return media
+
+    def _asks_for(self, placeholder: str) -> bool:
+        return any(placeholder in text for _, text in self.said if text is not None)
 
     def _refuse_picture(self, entry: Any, place: str, error: RecordError) -> Media | None:
         self._add(error.at(place))

@@ -249,3 +249,57 @@ def test_preferences_and_marks_of_bad_answers(tmp_path):
     assert read(tmp_path, {"prompt": "q", "label": False}).meta == {"label": False}  # what a rollout is to find
     assert read(tmp_path, {"prompt": "q", "completion": "a", "label": True}).meta == {"label": True}
     assert read(tmp_path, {"conversations": shared("q", "a"), "label": False}).meta == {"label": False}
+
+
+def test_a_chosen_answer_follows_its_prompt_once(tmp_path):
+    whole, alone = talk("q", "a", "r", "b"), talk("r", "b")[1:]
+    four = [("human", "q"), ("ignored_gpt", "a"), ("human", "r"), ("gpt", "b")]
+    for key, chosen in (("chosen", alone), ("chosen", whole), ("completion", alone), ("completion", whole)):
+        assert said(read(tmp_path, {"prompt": whole[:3], key: chosen})) == four
+    for chosen in ("b", alone, talk("r", "b")):
+        for asked in ({"prompt": "r"}, {"query": "r"}, {"instruction": "", "input": "r"}):
+            assert said(read(tmp_path, {**asked, "chosen": chosen, "rejected": "c"})) == [("human", "r"), ("gpt", "b")]
+    assert said(read(tmp_path, {"prompt": "r", "completion": talk("r", "b")})) == [("human", "r"), ("gpt", "b")]
+    assert "begins with a question" in refused(tmp_path, {"prompt": "q", "completion": talk("r", "b")})
+    assert "there is no `prompt`" in refused(tmp_path, {"chosen": alone, "rejected": alone})
+    [note] = read(tmp_path, {"prompt": "r", "chosen": "b", "rejected": "c", "system": "s"}).notes
+    assert note.startswith("of the two answers `chosen` is read")
+
+
+@pytest.mark.parametrize("key", ["image_path", "img", "imgs", "image_file", "image_url", "file_name", "video_path"])
+def test_a_picture_under_another_name_is_not_left_out(tmp_path, key):
+    named = {key: "a.mp4" if key == "video_path" else "a.jpg"}
+    advice = "a video, so name it `video`" if key == "video_path" else "a picture, so name it `image`"
+    rows = (
+        {"messages": talk("q", "a")},
+        {"prompt": "q", "completion": "a"},
+        {"conversations": shared("q", "a")},
+        {"instruction": "q", "output": "a"},
+    )
+    for row in rows:
+        assert f"the key `{key}` is not read: it names {advice}" in refused(tmp_path, {**row, **named})
+        assert said(read(tmp_path, {**row, key: None})) == [("human", "q"), ("gpt", "a")]
+    assert read(tmp_path, {**rows[0], **named, "images": ["b.jpg"]}).images == [Media(path="b.jpg")]
+    assert read(tmp_path, {**rows[0], "image_id": 3, "file_name": "notes.txt"}).images == []
+
+
+@pytest.mark.parametrize("place", ["<Image>", "<ImageHere>", "<image_1>", "<image_placeholder>", "<|image|>"])
+def test_the_place_of_a_picture_as_others_write_it(tmp_path, place):
+    row = {"messages": talk(f"See {place} there", "a"), "images": ["a.jpg"]}
+    assert f"{place} looks like the place of a picture" in refused(tmp_path, row)
+    assert said(read(tmp_path, {"messages": talk(f"See {place}", "a")}))[0] == ("human", f"See {place}")
+    row = {"messages": talk("<video>q", "a"), "images": ["a.jpg"], "videos": ["a.mp4"]}
+    assert said(read(tmp_path, row))[0] == ("human", "<image>\n<video>q")
+
+
+def test_thinking_stands_once(tmp_path):
+    row = {"messages": talk("q", "<think>\nhm\n</think>\n\na", reasoning_content="hm")}
+    assert "its thinking stands in its content and beside it: keep one" in refused(tmp_path, row)
+
+
+def test_what_says_nothing_is_not_told(tmp_path):
+    row = {"messages": talk("q", "a"), "tools": "[]", "videos": [], "objects": {"ref": [], "bbox": []}}
+    assert read(tmp_path, row).notes == ()
+    for suffix in ("jsonl", "parquet"):
+        row = {"conversations": shared("<image>q", "a"), "image": ["a.jpg"], "video": [], "images": [], "history": []}
+        assert read(tmp_path, row, suffix).video is None

@@ -146,7 +146,7 @@ def test_the_index_of_a_part_says_which_picture(tmp_path):
         ({"messages": [{"role": "user"}]}, "message 1 of `messages`: it is not of the form"),
         ({"messages": "x"}, "`messages` is a list of messages"),
         ({"messages": []}, "the conversation has no turns"),
-        ({"chosen": "a", "rejected": "b"}, "`chosen` is text, and there is no `prompt` that it answers"),
+        ({"chosen": "a", "rejected": "b"}, "`chosen` is only an answer, and there is no `prompt` that it answers"),
         ({"prompt": "q", "chosen": 3}, "`chosen` is a list of messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "no message of the assistant stands before it"),
         ({"messages": [user("q"), assistant("c"), {"role": "tool", "content": "</tool_response>"}]}, "end it early"),

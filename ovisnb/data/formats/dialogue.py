@@ -8,7 +8,7 @@
   (`images`, `system`, ...: LLaMA-Factory's ShareGPT form); there also a `chosen` answer, to what is then its prompt.
 - `prompt` and `completion` or `response`, `query` and `response`, `instruction` (and `input`) and `output`: text or lists
   of messages. The assistant's turns of a prompt carry no loss.
-- `prompt` and `chosen`, or `chosen` alone, which then begins with the prompt.
+- `prompt` and `chosen`, or `chosen` alone, which then begins with the prompt; also where both have the prompt.
 - `texts` of `{"user", "assistant"}` pairs, also with `system`.
 - `system` or `system_prompt` of a row is its first message.
 
@@ -85,13 +85,13 @@ def _messages(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
     if asked == "instruction" and holds(row.get("input")):
         if not isinstance(prompt, str) or not isinstance(row["input"], str):
             raise RecordError("`instruction` and `input` are not both text: write them as `messages`")
-        prompt, used = f"{prompt}\n{row['input']}", (asked, "input")
+        prompt, used = "\n".join(filter(None, (prompt, row["input"]))), (asked, "input")
     if answer is None and row.get("chosen") is not None:
         answer = "chosen"
-        if isinstance(row[answer], list) and not isinstance(prompt, list):
-            return (answer,), _of(row[answer], answer)  # it begins with the prompt
+        if not isinstance(prompt, list) and _begins_with_prompt(row[answer]):
+            return (answer,), _of(row[answer], answer)
         if prompt is None:
-            raise RecordError("`chosen` is text, and there is no `prompt` that it answers: give one")
+            raise RecordError("`chosen` is only an answer, and there is no `prompt` that it answers: give one")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if answer is None:
@@ -99,7 +99,18 @@ def _messages(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
     completion = row[answer]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
+    if isinstance(completion, list) and isinstance(prompt, list) and prompt and completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :]  # the prompt once more
+    if _begins_with_prompt(completion):
+        raise RecordError(f"`{answer}` begins with a question, and not with an answer to `{asked}`: keep the answer")
     return (*used, answer), _of(prompt, asked, "ignored_gpt") + _of(completion, answer)
+
+
+def _begins_with_prompt(answer: Any) -> bool:
+    """Whether messages begin with what is said to the assistant."""
+    first = answer[0] if isinstance(answer, list) and answer else None
+    said = first.get("role", first.get("from")) if isinstance(first, dict) else None
+    return isinstance(said, str) and _ROLES.get(said) in ("system", "human")
 
 
 def _of(messages: Any, key: str, answer: str = "gpt") -> list[Message]:

@@ -24,6 +24,7 @@ next assistant message goes on in that turn. `tool_calls` of the tools crop and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,9 @@ _WRITTEN = {"system": "system", "human": "user", "gpt": "assistant", "ignored_gp
 _PAYLOADS = {"image": ("image", "image_url", "url", "path", "bytes"), "video": ("video", "video_url", "url", "path")}
 _KINDS = {kind: kind.split("_")[0] for kind in ("text", "image", "image_url", "video", "video_url")}
 _PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
+_LIKE = r"(?i)<\|?(?:%s)(?:[ _-]?(?:here|placeholder|pad|token|\d{1,3}))?\|?>"
+"""How other models write the place of a picture or video."""
+_NAMES = {"image": "image|img|picture", "video": "video"}
 _OPEN, _CLOSE = "<tool_response>", "</tool_response>"
 # What may stand beside `messages` or a question, unread: other conversations, questions repeated, another's answers.
 _OTHERS, _REPEATED, _MAYBE = ("conversations", "texts", "chosen"), ("prompt", "query"), ("answer", "output", "target")
@@ -147,6 +151,11 @@ class _Media:
             if count and not any(_has_whole(turn.text, placeholder) for turn in turns):
                 if first is None:
                     raise RecordError(f"`{kind}s` has {count} but there is no user message to put them in")
+                if like := re.search(
+                    _LIKE % _NAMES[kind], "\n".join(turn.text for turn in turns if turn.role == "human")
+                ):
+                    said = f"{like[0]} looks like the place of a picture or video, which is written {placeholder}"
+                    raise RecordError(f"{said}: write that", kind="placeholder_count")
                 first.text = f"{placeholder}\n" * count + first.text
         if (count := len(self.placed["video"])) > 1:
             raise RecordError(f"the row has {count} videos, and a record has one: split it")
@@ -161,12 +170,13 @@ def _left(row: dict, used: Sequence[str]) -> list[Note]:
             notes.append(Note(f"the row has `{used[0]}` and `{key}`: only `{used[0]}` is read", kind))
     for key in _REJECTED:
         if holds(row.get(key)) and (key != "rejected" or "chosen" in used):
-            notes.append(Note(f"of the two answers `{used[-1]}` is read, and `{key}` is only kept in `meta`", "remark"))
+            better = "chosen" if "chosen" in used else used[0]
+            notes.append(Note(f"of the two answers `{better}` is read, and `{key}` is only kept in `meta`", "remark"))
     for key in _MAYBE:
         if used[0] == "prompt" and "completion" in used and row.get("completion") is None and holds(row.get(key)):
             said = f"`{key}` is only kept in `meta`: name it `completion` if it is the answer to learn"
             notes.append(Note(said, "remark"))
-    if holds(row.get("tools")):
+    if holds(row.get("tools")) and row["tools"] not in ("[]", "{}", "null"):
         said = "`tools` is only kept in `meta`: write what the model is to know of them into a system message"
         notes.append(Note(said, "unknown_key"))
     return notes
@@ -258,6 +268,8 @@ def _parts(message: Message, media: _Media) -> list[tuple[str, str]]:
         return parts
     if not isinstance(thoughts[0], str) or thoughts.count(thoughts[0]) < len(thoughts):
         raise RecordError(f"its thinking ({', '.join(THOUGHTS)}) is text, and the same wherever it stands: keep one")
+    if any("<think>" in text for _, text in parts):
+        raise RecordError("its thinking stands in its content and beside it: keep one")
     return [("text", f"<think>\n{thoughts[0].strip()}\n</think>\n"), *(parts or [("text", "")])]
 
 
