@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -213,13 +214,23 @@ def _entry(sample: Sample) -> Any:
     if not sample.pictures:
         return entry
     if not matches_refcoco(entry) and entry.keys().isdisjoint(_NAMED):
-        names = list(sample.pictures)
+        names = _in_order(sample)
         entry["images" if "messages" in entry else "image"] = names[0] if len(names) == 1 else names
     if matches_refcoco(entry):  # its reader needs the picture's size
         key, path = first_of(entry, PICTURE_KEYS, "image")
         if isinstance(path, str) and (name := _meant([path], sample.pictures).get(path)):
             entry[key] = {"bytes": sample.pictures[name].read()}
     return entry
+
+
+def _in_order(sample: Sample) -> list[str]:
+    """The names of its pictures; RecordError where they lie in another order than their names say."""
+    names = list(sample.pictures)
+    by_name = sorted(names, key=lambda name: [part.zfill(20) for part in re.findall(r"\d+|\D+", name)])
+    if names != by_name:
+        said = f"its pictures lie in the order {shown(', '.join(names))}, which is not that of their names"
+        raise RecordError(f"{said}: list them in its .json, or write the tar anew (`tar --sort=name`)")
+    return names
 
 
 def _unreadable(error: Exception) -> RecordError:

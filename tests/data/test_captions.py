@@ -58,6 +58,14 @@ def test_placeholders_in_a_caption_are_text(tmp_path):
     assert "the caption is empty" in refused(tmp_path, {"image": "a.png", "caption": " <image> "})
 
 
+@pytest.mark.parametrize("key, value", [("bbox", [1, 2, 3, 4]), ("answer", "Red."), ("conversation", [{"user": "q"}])])
+def test_what_else_a_row_says_of_its_picture_is_told(tmp_path, key, value):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"image": "a.jpg", "caption": "A cat.", key: value}))
+    [record] = read_records(path)
+    assert record.notes[0].startswith(f"the row has `{key}`, and ") and record.notes[0].kind == "changed_on_reading"
+
+
 def test_several_captions_of_one_picture(tmp_path):
     records = read(tmp_path, {"image": "a.png", "caption": ["A cat.", "A pet."], "id": "x"})
     assert [(record.id, record.turns[1].text) for record in records] == [("x-0", "A cat."), ("x-1", "A pet.")]

@@ -99,6 +99,18 @@ def test_which_picture_is_meant_is_never_guessed(tmp_path):
     assert "which of b.0.png is 'left.png'" in told(tmp_path / "some.tar", members)
 
 
+def test_pictures_that_are_not_listed_lie_in_the_order_of_their_names(tmp_path):
+    turns = {"conversations": [{"from": "human", "value": "<image><image><image>?"}, TURNS[1]]}
+    colours = {"1.2.png": "red", "1.9.png": "green", "1.10.png": "blue"}
+    members = [("1.json", json.dumps(turns).encode()), *((name, png(colour)) for name, colour in colours.items())]
+    [record] = RecordStream(write_tar(tmp_path / "some.tar", members))
+    assert [open_image(media).getpixel((0, 0))[2] for media in record.images] == [0, 0, 255]
+    with pytest.raises(
+        RecordError, match="its pictures lie in the order 1.10.png, 1.9.png, 1.2.png, which is not that"
+    ):
+        list(RecordStream(write_tar(tmp_path / "some.tar", members[::-1])))
+
+
 def test_frames_of_a_video_lie_in_the_tar_but_no_video_file(tmp_path):
     path = tmp_path / "some.tar"
     row = asking("0.png", "1.png", key="video", text="<video>?")

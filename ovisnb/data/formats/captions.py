@@ -20,7 +20,8 @@ from typing import Any
 
 from ovisnb.data.formats.parts import first_of, pictures, plain, refuse_keys, refused, removed
 from ovisnb.data.formats.rows import Entry, Options, Reader
-from ovisnb.data.record import IMAGE, VIDEO, Record, RecordError
+from ovisnb.data.keys import holds
+from ovisnb.data.record import IMAGE, VIDEO, Note, Record, RecordError
 
 TEMPLATE = "<image>\nDescribe the image."
 KIND = "caption"
@@ -29,6 +30,8 @@ KIND = "caption"
 _PICTURE = ("image", "image_path", "images", "file_name")
 _TEXT = ("caption", "captions", "text")
 _TEMPLATE = "caption_template"
+_PART = ("bbox", "box", "bbox_xyxy", "bbox_xywh")
+"""Keys of a part of the picture."""
 
 
 def matches(entry: Any) -> bool:
@@ -47,6 +50,7 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
     if taken := next((name for name in ("conversations", "video", "image") if name in rest), None):
         raise RecordError(f"a row with a caption may not have `{taken}` as well as `{picture}`: rename it")
     asked = _template(entry.get(_TEMPLATE), options.template)
+    beside = [Note(f"{said}: drop or rename the key, or {advice}") for said, advice in _beside(rest)]
     many = isinstance(captions, list)
     if many and not captions:
         raise RecordError(f"`{key}` is an empty list: write a caption or drop the row")
@@ -60,8 +64,21 @@ def entries(entry: dict, options: Options) -> Iterator[dict | RecordError]:
         row = Entry({"kind": KIND, **rest, "image": found, "conversations": turns})
         if many and isinstance(rest.get("id"), (str, int)) and not isinstance(rest["id"], bool):
             row["id"] = f"{rest['id']}-{number}"
-        row.notes = notes
+        row.notes = (*notes, *beside)
         yield row
+
+
+def _beside(rest: dict) -> Iterator[tuple[str, str]]:
+    """(what is said, what to do) for keys of a row that make its caption something else, or are another conversation."""
+    for key in _PART:
+        if holds(rest.get(key)):
+            yield (
+                f"the row has `{key}`, and its caption is learnt as one of the whole picture",
+                "write rows of `image`, `expression` and `bbox`",
+            )
+    for key in ("answer", "answers", "conversation", "qa_pairs"):
+        if holds(rest.get(key)):
+            yield f"the row has `{key}`, and only its caption is learnt", "write the rest as rows of `messages`"
 
 
 def rows(records: Iterable[Record]) -> Iterator[dict]:
