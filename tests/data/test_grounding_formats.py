@@ -112,6 +112,9 @@ def test_a_crowd_leaves_its_question_out(tmp_path):
     records = coco(tmp_path, box(1, 18, [1, 1, 9, 9]), box(2, 7, [1, 1, 9, 9]), box(3, 7, [1, 1, 90, 9], iscrowd=1))
     assert [record.id for record in records] == ["1-18"]
     assert records[0].notes == ("no question about 'cat': annotation 3 is a crowd (iscrowd)",)
+    images = [{**IMAGES[0], "not_exhaustive_category_ids": [7]}]  # LVIS
+    [record] = coco(tmp_path, box(1, 18, [1, 1, 9, 9]), box(2, 7, [1, 1, 9, 9]), images=images)
+    assert record.id == "1-18" and record.notes[0].startswith("no question about 'cat': not every one has a box")
 
 
 def test_one_question_for_what_has_one_name_or_one_file(tmp_path):

@@ -12,7 +12,8 @@ Choices stand behind the format's name and a colon: "find" (the default) asks fo
 - coco: `{"images", "annotations", "categories"}`, boxes `[x, y, width, height]` in pixels (`"bbox_mode": 0`: corners). One
   question for each name of a category in each picture file, answered with all boxes from top to bottom, also where two
   entries have that name or that file. Where one of them is a crowd (`iscrowd`),
-  nobody could name every one: that question is left out, and the picture's others say so in `Record.notes`. So do a
+  nobody could name every one (nor what LVIS lists under `not_exhaustive_category_ids`): that question is left out, and
+  the picture's others say so in `Record.notes`. So do a
   box without area that is left out, and one reaching outside, which is cut. A picture with `caption` whose annotations
   have `tokens_positive` (the MDETR form of RefCOCO and Flickr30k) is asked about those words of the caption.
 - refcoco: rows of a picture (`image`, `image_path`, `img_path`, `file_name`, ...), what it is called (`expression`, `sent`,
@@ -173,6 +174,7 @@ def _of_image(
     size = _size(image, shown, options)
     groups: dict[str, list[dict]] = {}  # by name, which two categories may share
     labels, crowds, errors = {}, {}, []
+    some = image.get("not_exhaustive_category_ids")  # LVIS
     for annotation in annotations:
         try:
             label, name = _label(annotation, image, names)
@@ -182,11 +184,10 @@ def _of_image(
         groups.setdefault(name, []).append(annotation)
         labels.setdefault(name, label)
         if annotation.get("iscrowd"):
-            crowds.setdefault(name, annotation)
-    notes = [
-        Note(f"no question about {name!r}: annotation {short(crowd['id'])} is a crowd (iscrowd)", "remark")
-        for name, crowd in crowds.items()
-    ]
+            crowds.setdefault(name, f"annotation {short(annotation['id'])} is a crowd (iscrowd)")
+        elif isinstance(some, list) and annotation.get("category_id") in some:
+            crowds.setdefault(name, "not every one has a box (not_exhaustive_category_ids)")
+    notes = [Note(f"no question about {name!r}: {why}", "remark") for name, why in crowds.items()]
     for name, group in groups.items():
         if name in crowds:
             continue
