@@ -53,7 +53,8 @@ def overview_table(stats: Stats, shelf: Shelf | None = None, *, max_length: int 
     if stats.problems.total:
         rows.append(("records not counted in full", stats.problems.total))
     short = shelf.without_folders if shelf is not None else str
-    return Html(table(rows) + warnings([short(said) for said in stats.problems][:EXAMPLES]))
+    some = warnings([short(said) for said in stats.problems][:EXAMPLES])
+    return Html(table(rows) + some + more(stats.problems.total - EXAMPLES, "record"))
 
 
 def kind_table(stats: Stats) -> Html:
@@ -115,7 +116,7 @@ def _counts(axis, stats: Stats) -> None:
     for offset, colour, name in ((-0.2, BLUE, "turns"), (0.2, ORANGE, "images")):
         _bars(axis, getattr(stats, name), colour, offset=offset, width=0.4, label=name)
     axis.set(title="Turns and images a record", xlabel="number in one record", ylabel="records")
-    axis.legend(frameon=False)
+    _legend_above(axis)
 
 
 def _calls(axis, stats: Stats) -> None:
@@ -208,4 +209,10 @@ def _areas(axis, stats: Stats) -> None:
     axis.set(title="Area of a box", xlabel="share of its picture", ylabel="boxes", xscale="log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2%}" if x < 0.01 else f"{x:.0%}"))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(frameon=False)
+    _legend_above(axis)
+
+
+def _legend_above(axis) -> None:
+    """A legend in one row over the bars, which leave room for it: among them it cannot be read."""
+    axis.set_ylim(top=1.2 * axis.get_ylim()[1])
+    axis.legend(frameon=False, loc="upper center", ncols=2)

@@ -220,7 +220,9 @@ def test_samples_too_long_for_the_limit(check, golden_processor):
     entry = talk(image="good.png", id="one")
     assert check(entry, processor=golden_processor, max_length=4000) == []
     assert check(entry, processor=golden_processor, max_length=20) == [("too_long", "one")]
-    assert "the limit is 20" in next(iter(check.report)).message
+    assert "the limit is 20: shorten it or lower max_pixels" in next(iter(check.report)).message
+    check(talk("Hi", "no picture here " * 9), processor=golden_processor, max_length=20)
+    assert next(iter(check.report)).message.endswith("the limit is 20: shorten it")
     with pytest.raises(ValueError, match="give its processor"):
         check(entry, max_length=20)
 

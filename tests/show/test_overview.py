@@ -51,6 +51,16 @@ def test_the_table_and_the_figure_show_what_was_counted(golden_processor):
     assert len(axes["Where boxes, points and calls lie"].collections[0].get_paths()) == 1
 
 
+@pytest.mark.parametrize("records", [[FIND], [FIND, READ], [FIND] * 5 + [READ]])
+def test_no_legend_lies_on_a_bar(golden_processor, records):
+    plot = overview_figure(summarise(records, golden_processor))
+    plot.figure.draw_without_rendering()
+    for title in ("Turns and images a record", "Area of a box"):
+        axis = panels(plot)[title]
+        legend = axis.get_legend().get_window_extent()
+        assert not any(legend.overlaps(bar.get_window_extent()) for bar in axis.patches if bar.get_height()), title
+
+
 def test_the_limit_is_drawn_where_it_lies_and_says_how_many_are_over(golden_processor):
     stats = summarise([FIND, READ], golden_processor)
     limit = max(stats.tokens) - 1
@@ -120,7 +130,8 @@ def test_nothing_that_the_data_wrote_gets_into_a_figure(tmp_path, golden_process
         plot._repr_png_()
     words = [text.get_text() for text in plot.figure.findobj(lambda artist: hasattr(artist, "get_text"))]
     assert DOLLARS in stats.kinds and not [word for word in words if "<" in word or "frac" in word]
-    assert "records not counted in full7" in text_of(overview_table(stats, shelf))
+    table = text_of(overview_table(stats, shelf))
+    assert "records not counted in full7" in table and table.count("⚠") == 3 and "4 more records are not shown" in table
 
 
 @pytest.mark.parametrize("sizes", [[(65535, 1), (10, 10)], [(1, 1)]])

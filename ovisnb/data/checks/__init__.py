@@ -291,7 +291,8 @@ def _encoder(
             return "not_encodable", error.message
         if max_length is None or tokens <= max_length:
             return None
-        return "too_long", f"takes {tokens:,} tokens, and the limit is {max_length:,}: shorten it or lower max_pixels"
+        remedy = "shorten it or lower max_pixels" if record.images or record.video else "shorten it"
+        return "too_long", f"takes {tokens:,} tokens, and the limit is {max_length:,}: {remedy}"
 
     return problem
 
