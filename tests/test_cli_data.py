@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +293,19 @@ def test_one_record_is_no_records_and_pictures_say_where_they_are(tmp_path, caps
     assert "holds no record" in capsys.readouterr().err
     (tmp_path / "broken.jsonl").write_text("{\n{")
     assert cli.main(["data", "stats", str(tmp_path / "broken.jsonl")]) == 1
+
+
+@pytest.mark.parametrize("command, working", [("stats", "stats._count"), ("split", "split._Groups.add")])
+def test_a_stopped_bar_ends_its_line_before_anything_is_said(monkeypatch, tmp_path, command, working):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(f"ovisnb.data.{working}", stop)
+    data = tmp_path / "a\x1b[31mb.jsonl"
+    data.write_text('{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}\n')
+    assert cli.main(["data", command, str(data)]) == 130
+    shown = terminal.getvalue()
+    assert re.search(r"0 \w+ \[.*\]\s*\novisnb: stopped\n$", shown) and "\x1b[31m" not in shown

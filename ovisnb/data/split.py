@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ovisnb.data.checks.faults import plain
 from ovisnb.data.checks.pictures import file_number, number_of
 from ovisnb.data.files import to_json, written, written_rows
 from ovisnb.data.formats import Options, entries_of, read_rows, reader_of
@@ -86,8 +87,10 @@ def split(
     groups = _Groups(image_folder)
     from tqdm import tqdm
 
-    for entries in tqdm(rows.entries(), path.name[:40], unit=" rows", disable=None if progress else True):
-        groups.add(picture for entry in entries for picture in _pictures(entry))
+    with tqdm(desc=plain(path.name, 40), unit=" rows", disable=None if progress else True) as bar:
+        for entries in rows.entries():
+            groups.add(picture for entry in entries for picture in _pictures(entry))
+            bar.update()
     places, sizes = _dealt(groups.roots(), ratios, seed)
     if not places:
         raise RecordError(f"{path} holds no record: there is nothing to split")

@@ -23,6 +23,7 @@ from random import Random
 from typing import Any
 
 from ovisnb.data import boxes, markup
+from ovisnb.data.checks.faults import plain
 from ovisnb.data.formats import Options, read_entries, to_record
 from ovisnb.data.media import Folder, folder_of, image_size
 from ovisnb.data.record import IMAGE, Record, RecordError
@@ -173,8 +174,8 @@ def summarise_file(
 
     def records() -> Iterator[Record | RecordError]:
         rows = read_entries(path, image_folder=image_folder, format=format, template=template)
-        bar = tqdm(rows, path.name[:40], unit=" records", disable=None if progress else True)
-        for index, (line, entry, error) in enumerate(bar):
+        for index, (line, entry, error) in enumerate(rows):
+            bar.update()
             source = f"{path}:{line}"
             if error is not None:
                 yield RecordError(f"{source}: {error}", kind=error.kind)
@@ -185,7 +186,8 @@ def summarise_file(
                 record = refused
             yield record
 
-    return summarise(records(), processor, image_folder=image_folder, **limits)
+    with tqdm(desc=plain(path.name, 40), unit=" records", disable=None if progress else True) as bar:
+        return summarise(records(), processor, image_folder=image_folder, **limits)
 
 
 def _count(stats: Stats, record: Record) -> None:
