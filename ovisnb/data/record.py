@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from ovisnb.data.base import IMAGE, ROLES, VIDEO, VIDEO_SUFFIXES, Entry, Frozen, Media, Note, RecordError, Turn, where
 from ovisnb.data.boxes import Convention
+from ovisnb.data.markup import tags_in
 from ovisnb.data.reading import FIELDS, Reading, mismatch, no_turns
 
 # Also what records are made of, so that nobody needs to know which of these files has it.
@@ -101,9 +102,10 @@ class Record(Frozen):
             data["video"] = [media.to_entry() for media in self.video]
         if self.kind is not None:
             data["kind"] = self.kind
-        if any("<box>" in turn.text or "<point>" in turn.text for turn in self.turns):
+        tags = {tag.name for turn in self.turns for tag in tags_in(turn.text)}
+        if tags & {"box", "point"}:
             data["box_coordinates"] = self.box_coordinates
-        if any("<tool_call>" in turn.text for turn in self.turns):
+        if "tool_call" in tags:
             data["call_coordinates"] = self.call_coordinates
         data["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
         return {**data, **self.meta}

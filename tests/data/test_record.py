@@ -336,3 +336,13 @@ def test_a_record_cannot_change_and_leaves_its_data_alone():
 def test_data_needs_no_torch():
     code = "import sys, ovisnb.data; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("tag", ["box", "BOX", " box ", "point"])
+def test_what_numbers_count_is_written_however_their_tag_is(tag):
+    answer = f"<{tag}>(1,2),(3,4)</{tag}> <{tag.replace('box', 'tool_call').replace('BOX', 'Tool_Call')}>"
+    entry = talk(("human", "Where?"), ("gpt", answer), box_coordinates="pixels", call_coordinates="thousand")
+    record = Record.from_dict(entry)
+    assert Record.from_dict(record.to_dict()).box_coordinates == "pixels"
+    if tag != "point":
+        assert Record.from_dict(record.to_dict()).call_coordinates == "thousand"
