@@ -7,8 +7,9 @@
 
 The key of a sample is its members' name up to the first dot. Its `.json` is a row in any form that `read_records`
 knows (a `.conversations.json` too, if it is the only one), its `.txt` a caption, and its pictures are those of the row,
-which names them with or without the key: `cat/0003.left.jpg` or `left.jpg`. Only headers are read to find samples; a
-picture is read when its record is, or where a box needs its size.
+which names them with or without the key: `cat/0003.left.jpg` or `left.jpg`. Several that it does not name must lie in the
+order of their names (2.jpg before 10.jpg). Only headers are read to find samples; a picture is read when its record is,
+or where a box needs its size.
 
 Members of other kinds are passed over; a row about a video lists its frames in the tar, or a video file outside it.
 Nothing is unpacked onto the disk, and nothing is ever unpickled.
