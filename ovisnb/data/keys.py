@@ -20,6 +20,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from PIL import Image
+
 from ovisnb.data.base import Note, RecordError
 
 UNREAD = {
@@ -33,10 +35,13 @@ UNREAD = {
     "messages": "write all turns in `conversations`",
 }
 """Keys of a record that others read and the record form does not, and what to do: none of them is kept in `meta`."""
-_FILES = re.compile(r"(image|img|picture|photo|video)s?_?(?:path|file|file_?name|name|ur[il])?s?", re.IGNORECASE)
+_FILES = re.compile(
+    r"(image|img|picture|photo|video)s?_?(?:path|file|file_?name|name|ur[il]|\d{1,2})?s?", re.IGNORECASE
+)
 """Keys under which others name the picture or video of a row, beside our own (`_MEDIA`)."""
 _MEDIA = ("image", "images", "video", "videos")
 _PICTURE_FILE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?)\Z", re.IGNORECASE)
+_PICTURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")  # how the bytes of one begin
 OBJECTS = {"<ref-object>": "ref", "<bbox>": "bbox"}
 """ms-swift's placeholders for what stands in `objects`, and the key there."""
 FLAGS = ("loss", "weight", "train", "training")
@@ -60,7 +65,7 @@ def beside(row: Mapping[str, Any]) -> dict[str, str]:
     """
     found = {key: advice for key, advice in UNREAD.items() if key in row and holds(row[key])}
     if not any(holds(row.get(key)) for key in _MEDIA):
-        found |= {key: f"it names a {what}, so name it `{name}`" for key, what, name in _named(row)}
+        found |= {key: f"it is a {what}, so name it `{name}`" for key, what, name in _named(row)}
     if isinstance(row.get("chosen"), dict):
         found["chosen"] = "write it as the last turn"
     if row.get("kto_tag") is False:
@@ -73,15 +78,23 @@ def beside(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _named(row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(key, what it is, our key for it) for each key that names a picture or video under another name than ours."""
+    """(key, what it is, our key for it) for each picture or video under another name than ours."""
     for key, value in row.items():
-        if not isinstance(key, str) or key in _MEDIA or not isinstance(value, (str, list, bytes)) or not value:
+        if not isinstance(key, str) or key in _MEDIA:
             continue
-        found = _FILES.fullmatch(key)
+        found = _FILES.fullmatch(key) if isinstance(value, (str, list)) and value else None
         if found and found[1].lower() == "video":
             yield key, "video", "video"
-        elif found or (key in ("file_name", "filename") and _PICTURE_FILE.search(str(value))):
+        elif found or _is_picture(value) or (key in ("file_name", "filename") and _PICTURE_FILE.search(str(value))):
             yield key, "picture", "image"
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value is a picture itself, or the first of a list is: as the image columns of data sets hold it."""
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, Image.Image) or (isinstance(value, bytes) and value.startswith(_PICTURES))
 
 
 def role_of(turn: Mapping[str, Any], role: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ovisnb.data import Media, Record, RecordError, from_dataset, read_records
 
@@ -266,7 +268,9 @@ def test_a_chosen_answer_follows_its_prompt_once(tmp_path):
     assert note.startswith("of the two answers `chosen` is read")
 
 
-@pytest.mark.parametrize("key", ["image_path", "img", "imgs", "image_file", "image_url", "file_name", "video_path"])
+@pytest.mark.parametrize(
+    "key", ["image_path", "img", "imgs", "image_file", "image_url", "file_name", "image_1", "video_path"]
+)
 def test_a_picture_under_another_name_is_not_left_out(tmp_path, key):
     named = {key: "a.mp4" if key == "video_path" else "a.jpg"}
     advice = "a video, so name it `video`" if key == "video_path" else "a picture, so name it `image`"
@@ -277,7 +281,7 @@ def test_a_picture_under_another_name_is_not_left_out(tmp_path, key):
         {"instruction": "q", "output": "a"},
     )
     for row in rows:
-        assert f"the key `{key}` is not read: it names {advice}" in refused(tmp_path, {**row, **named})
+        assert f"the key `{key}` is not read: it is {advice}" in refused(tmp_path, {**row, **named})
         assert said(read(tmp_path, {**row, key: None})) == [("human", "q"), ("gpt", "a")]
     assert read(tmp_path, {**rows[0], **named, "images": ["b.jpg"]}).images == [Media(path="b.jpg")]
     assert read(tmp_path, {**rows[0], "image_id": 3, "file_name": "notes.txt"}).images == []
@@ -303,3 +307,17 @@ def test_what_says_nothing_is_not_told(tmp_path):
     for suffix in ("jsonl", "parquet"):
         row = {"conversations": shared("<image>q", "a"), "image": ["a.jpg"], "video": [], "images": [], "history": []}
         assert read(tmp_path, row, suffix).video is None
+
+
+def test_a_picture_in_a_column_of_another_name_is_not_left_out():
+    image = Image.new("RGB", (4, 4))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    for value in (image, file.getvalue(), {"bytes": file.getvalue(), "path": None}, [{"bytes": file.getvalue()}]):
+        for key in ("screenshot", "img"):
+            with pytest.raises(RecordError, match=f"the key `{key}` is not read: it is a picture, so name it `image`"):
+                list(from_dataset([{"messages": talk("q", "a"), key: value}]))
+        [record] = from_dataset([{"messages": talk("q", "a"), "image": "a.jpg", "thumbnail": value}])
+        assert record.images == [Media(path="a.jpg")]
+    [record] = from_dataset([{"messages": talk("q", "a"), "hash": b"1234"}])
+    assert record.images == []
