@@ -102,6 +102,9 @@ def split(
     done = Split(paths, {name: tally[SPLITS.index(name)] for name in paths}, ratios, len(sizes), max(sizes))
     if rows.whole:
         done.notes.append(f"{path.name} holds everything in one object: its splits are written as records")
+    if groups.missing:
+        many = "1 picture was" if groups.missing == 1 else f"{groups.missing:,} pictures were"
+        done.notes.append(f"{many} not found, so that one with two names is taken for two: give the image_folder")
     done.notes += [f"{name} is empty: its share is less than a group" for name in paths if not done.counts[name]]
     for name, file in files.items():
         if name not in paths and file.exists():
@@ -117,6 +120,8 @@ class _Groups:
         self.parent = array("q")
         self.seen: dict[int, int] = {}  # number of a file, or of its bytes -> a row with it
         self.alone: dict[int, tuple[Path, int] | None] = {}  # size in bytes -> the only file of it, not yet read
+        self.missing = 0
+        """Pictures that are known by their paths alone."""
 
     def add(self, pictures: Iterable[str | bytes]) -> None:
         """The next row, with the paths or bytes of its pictures."""
@@ -129,7 +134,7 @@ class _Groups:
             try:
                 path = find_file(picture, self.folder)
             except MediaError:  # missing: the same name is the same picture
-                self._meet(file_number(picture, self.folder), row)
+                self.missing += not self._meet(file_number(picture, self.folder), row)
                 continue
             if not self._meet(number_of(os.path.realpath(path)), row):
                 self._compare(path, row)

@@ -120,6 +120,17 @@ def test_a_split_without_a_share_is_not_written_and_an_old_one_is_pointed_at(tmp
     assert tiny.counts["train"] == 2 and "test is empty" in tiny.text()
 
 
+def test_pictures_that_are_not_found_are_told(tmp_path):
+    rows = [{**entry(number), "image": image} for number, image in enumerate(["a.jpg", "a.jpg", "b.jpg"])]
+    path = write(tmp_path / "full.jsonl", rows)
+    said = "2 pictures were not found, so that one with two names is taken for two: give the image_folder"
+    assert split(path).notes[0] == said
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    assert split(path, image_folder=tmp_path).notes[0].startswith("1 picture was not found")
+    (tmp_path / "b.jpg").write_bytes(b"b")
+    assert "found" not in split(path, image_folder=tmp_path).text()
+
+
 def test_a_row_that_cannot_be_read_stops_it_before_anything_is_written(tmp_path):
     path = tmp_path / "full.jsonl"
     path.write_text(json.dumps(entry(1)) + "\n{\n")
