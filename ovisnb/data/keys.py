@@ -93,7 +93,7 @@ def _is_picture(value: Any) -> bool:
     """Whether a value is a picture itself, or the first of a list is: as the image columns of data sets hold it."""
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
-        return isinstance(value.get("bytes"), bytes)
+        return isinstance(value.get("bytes"), bytes) or bool(_PICTURE_FILE.search(str(value.get("path"))))
     return isinstance(value, Image.Image) or (isinstance(value, bytes) and value.startswith(_PICTURES))
 
 

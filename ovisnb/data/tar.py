@@ -230,7 +230,7 @@ def _in_order(sample: Sample) -> list[str]:
     by_name = sorted(names, key=lambda name: [part.zfill(20) for part in re.findall(r"\d+|\D+", name)])
     if names != by_name:
         said = f"its pictures lie in the order {shown(', '.join(names))}, which is not that of their names"
-        raise RecordError(f"{said}: list them in its .json, or write the tar anew (`tar --sort=name`)")
+        raise RecordError(f"{said}: list them in its .json, under `image`")
     return names
 
 

@@ -313,7 +313,8 @@ def test_a_picture_in_a_column_of_another_name_is_not_left_out():
     image = Image.new("RGB", (4, 4))
     file = io.BytesIO()
     image.save(file, "PNG")
-    for value in (image, file.getvalue(), {"bytes": file.getvalue(), "path": None}, [{"bytes": file.getvalue()}]):
+    data = file.getvalue()
+    for value in (image, data, {"bytes": data, "path": None}, [{"bytes": data}], {"bytes": None, "path": "a.PNG"}):
         for key in ("screenshot", "img"):
             with pytest.raises(RecordError, match=f"the key `{key}` is not read: it is a picture, so name it `image`"):
                 list(from_dataset([{"messages": talk("q", "a"), key: value}]))
