@@ -33,8 +33,10 @@ _BRACES = re.compile(r"\{\s{0,8}(?:crop|identify)(?![^\W\d])[^{}]*(\}?)", re.IGN
 _CALL_LIKE = re.compile(r"[\[\d]")  # "{crop, wheat}" is prose
 _COORDINATES = re.compile(r"[\s\d.,;()\[\]+\-eE]*")  # what may stand in a box whose closing tag is missing
 _SPACED_DOT = re.compile(r"(?<=\d)\s{0,8}\.\s{0,8}(?=\d)")  # "0. 483", "0 .483"
-_FOUR = re.compile(
-    r"[\[({<]\s?(?:\d{1,5}(?:\.\d{1,6})?[\s,;<>()\[\]]{1,4}){3}\d{1,5}(?:\.\d{1,6})?\s?[\])}>]", re.ASCII
+_FOUR = re.compile(  # also PaliGemma's <loc0100><loc0200>... and Molmo's <point x="10.5" y="20">
+    r"[\[({<>](?:loc|\s)?(?:\d{1,5}(?:\.\d{1,6})?[\s,;<>()\[\]]{1,4}(?:loc)?){3}\d{1,5}(?:\.\d{1,6})?\s?[\])}<>]"
+    r"|<points?\s{1,8}x1?\s?=[^<>]{0,80}>?",
+    re.ASCII,
 )
 _NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _SEPARATORS = str.maketrans("()[];", ",,,,,")

@@ -15,9 +15,12 @@ def test_a_remark_is_no_fault(check):
     check(*rows)
     text = check.report.text()
     assert check.report.clean, text
-    assert "remark (2): the last question has no answer" in text
-    assert "remark (2): no box is read in an answer that holds what looks like one: [1, 2, 30, 40]: write it as" in text
-    assert "remark (1): a coordinate of exactly 1 is read as the far edge" in text
+    assert "remark (2): data-0, line 1: the last question has no answer" in text
+    assert (
+        "remark (2): data-2, line 3: no box is read in an answer that holds what looks like one: [1, 2, 30, 40]: write it as"
+        in text
+    )
+    assert "remark (1): data-4, line 5: a coordinate of exactly 1 is read as the far edge" in text
 
 
 @pytest.mark.parametrize(

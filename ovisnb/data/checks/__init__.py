@@ -166,7 +166,7 @@ class _Checker:
             return
         report.records += 1
         for said in checked.remarks:
-            report.remark(said)
+            report.remark(checked.name, row.line, said, os.fspath(self.path))
         seen = [(picture, look.result()) for picture, look in looks]
         for found in chain(checked.faults, _picture_faults(seen), _place_faults(checked, seen)):
             self._add(found.kind, checked.name, row.line, found.message)

@@ -103,7 +103,7 @@ class Report:
         self.file, self.ignore = file, check_kinds(ignore)
         self.counts: Counter[str] = Counter()
         self.rows = self.records = self.faulty = self.pictures = 0
-        self.remarks: dict[str, tuple[str, int]] = {}
+        self.remarks: dict[str, tuple[str, int]] = {}  # how it begins -> the first sentence with its place, the count
         self._spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, "w+b")  # noqa: SIM115 - it lives as long as the report
 
     def add(self, kind: str, id: str | None, line: int | None, message: str | OfTwo, file: str | None = None) -> bool:
@@ -116,10 +116,10 @@ class Report:
         self._spool.write(json.dumps(row).encode("ascii") + b"\n")
         return True
 
-    def remark(self, said: str) -> None:
+    def remark(self, id: str | None, line: int | None, said: str, file: str) -> None:
         """Count a sentence that is no fault; of those that begin alike the first is kept."""
         start = " ".join(said.split()[:3])
-        first, count = self.remarks.get(start, (said, 0))
+        first, count = self.remarks.get(start, (_place(Fault("", id, line, "", file), self.file) + said, 0))
         self.remarks[start] = first, count + 1
 
     @property
