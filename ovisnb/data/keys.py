@@ -11,7 +11,7 @@ is as if it were not there. Of the others:
   ask for what does not exist here: refused.
 - a key that is not read is refused where it names a picture, a video, sound, a file, loss, a call or text: what is learnt
   would be another thing than was written.
-- any other key that is not read is told (`validate` lists it as unknown_key), except `NAMES`, which teach nothing.
+- any other key that is not read is told in a remark, except `NAMES`, which teach nothing.
 """
 
 from __future__ import annotations
@@ -128,4 +128,4 @@ def unread(turn: Mapping[str, Any], read: Collection[str]) -> list[str]:
 
 def told(keys: Collection[str], place: str) -> list[Note]:
     """A note for each key that is not read."""
-    return [Note(f"{place}: the key {key!r:.40} is not read: drop or rename it", "unknown_key") for key in keys]
+    return [Note(f"{place}: the key {key!r:.40} is not read: drop or rename it", "remark") for key in keys]

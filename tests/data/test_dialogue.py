@@ -139,11 +139,9 @@ def test_what_a_turn_says_beside_its_words_is_not_lost(tmp_path, turn, part):
 def test_other_keys_of_a_turn_are_told(tmp_path):
     row = {"messages": talk("q", "a", mood="glad", name="Bob", id=3, refusal=None, annotations=[])}
     [note] = read(tmp_path, row).notes
-    assert (
-        note == "message 2 of `messages`: the key 'mood' is not read: drop or rename it" and note.kind == "unknown_key"
-    )
+    assert note == "message 2 of `messages`: the key 'mood' is not read: drop or rename it" and note.kind == "remark"
     [note] = read(tmp_path, {"conversations": shared("q", "a", mood="glad", id="x")}).notes
-    assert note == "turn 2: the key 'mood' is not read: drop or rename it" and note.kind == "unknown_key"
+    assert note == "turn 2: the key 'mood' is not read: drop or rename it" and note.kind == "remark"
     part = {"type": "image", "image": "a.jpg", "max_pixels": 3}
     [note] = read(tmp_path, {"messages": [{"role": "user", "content": [part]}]}).notes
     assert note.startswith("message 1 of `messages`, part 1: the key 'max_pixels'")
@@ -244,10 +242,12 @@ def test_preferences_and_marks_of_bad_answers(tmp_path):
     assert said(record) == [("human", "q"), ("ignored_gpt", "a"), ("human", "r"), ("gpt", "chosen")]
     for row in (
         {"prompt": "q", "completion": "a", "label": False},
+        {"prompt": "q", "completion": "a", "label": 0},
+        {"prompt": "q", "completion": "a", "label": "False"},
         {"messages": talk("q", "a"), "label": False},
         {"conversations": shared("q", "a"), "kto_tag": False},
     ):
-        assert "is false, which marks an answer that is not to be learnt" in refused(tmp_path, row)
+        assert ", which marks an answer that is not to be learnt" in refused(tmp_path, row)
     assert read(tmp_path, {"prompt": "q", "label": False}).meta == {"label": False}  # what a rollout is to find
     assert read(tmp_path, {"prompt": "q", "completion": "a", "label": True}).meta == {"label": True}
     assert read(tmp_path, {"conversations": shared("q", "a"), "label": False}).meta == {"label": False}

@@ -61,8 +61,10 @@ def dialogue(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
     """-> (the keys that are read, the messages); RecordError, one sentence."""
     used, messages = _messages(row)
     for key in ("label", "kto_tag"):
-        if row.get(key) is False and any(message.role == "gpt" for message in messages):
-            said = f"its `{key}` is false, which marks an answer that is not to be learnt: drop the row"
+        value = row.get(key)
+        bad = value is False or ("completion" in row and str(value).strip().lower() in ("false", "0"))
+        if bad and any(message.role == "gpt" for message in messages):
+            said = f"its `{key}` is {str(value).lower()}, which marks an answer that is not to be learnt: drop the row"
             raise RecordError(said, kind="no_answer")
     system = [key for key in _SYSTEM if holds(row.get(key))]
     if len(system) + (bool(messages) and messages[0].role == "system") > 1:
