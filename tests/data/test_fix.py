@@ -159,6 +159,9 @@ def test_the_input_is_never_the_output(folder):
     for out in (path, folder / "link.jsonl", folder / "." / "data.jsonl"):
         with pytest.raises(RecordError, match="give another name"):
             fix(path, out)
+    (folder / "data_clean.jsonl").symlink_to(folder / "other.txt")
+    with pytest.raises(RecordError, match="is a link to .*other.txt: give another name"):
+        fix(path)
     with pytest.raises(RecordError, match=r"end its name in .json or .jsonl"):
         fix(path, folder / "data.txt")
     assert clean_name("a/train.json").name == "train_clean.json" and clean_name("a/t.parquet").name == "t_clean.jsonl"

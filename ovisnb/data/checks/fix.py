@@ -86,6 +86,8 @@ def fix(
     """
     path, out = Path(path), clean_name(path) if out is None else Path(out)
     wants_lines(out)  # refuses a name that says nothing
+    if out.is_symlink():
+        raise RecordError(f"the cleaned copy {out} is a link to {os.path.realpath(out)}: give another name")
     for taken in (path, *map(Path, options.get("against", ()))):
         if out.exists() and taken.exists() and out.samefile(taken):
             raise RecordError(f"the cleaned copy {out} would replace {taken}, which is only read: give another name")
