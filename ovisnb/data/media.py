@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -359,11 +360,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _exif_of_png(file: io.BufferedIOBase) -> Image.Exif:
     """EXIF may stand behind the pixels of a PNG: read the other chunks only, in a picture of one pixel."""
-    place = file.tell()
-    size = file.seek(0, os.SEEK_END)
-    at, small = 8, io.BytesIO()
-    Image.new("1", (1, 1)).save(small, "PNG")
-    start, end = small.getvalue()[:33], small.getvalue()[33:]  # signature and IHDR; IDAT and IEND
+    place, size = file.tell(), file.seek(0, os.SEEK_END)
+    at, (start, end) = 8, _small_png()
     extra = b""
     while at + 12 <= size:
         file.seek(at)
@@ -375,6 +373,14 @@ def _exif_of_png(file: io.BufferedIOBase) -> Image.Exif:
     file.seek(place)
     with Image.open(io.BytesIO(start + extra + end), formats=("PNG",)) as image:
         return image.getexif()
+
+
+@cache
+def _small_png() -> tuple[bytes, bytes]:
+    """A PNG of one pixel: what may stand before other chunks (signature and IHDR), and the rest (IDAT and IEND)."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "PNG")
+    return file.getvalue()[:33], file.getvalue()[33:]
 
 
 def _bounds(media: Media, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
