@@ -6,7 +6,8 @@
     ovisnb data convert annotations.jsonl records.json --boxes normalised --image_folder images
     ovisnb data stats train.json images --model data/tiny-ovis --max_length 4096
 
-Exit code 0 where all is well, 1 where something is wrong with the data, 2 for a mistake in the command line.
+Exit code 0 where all is well, 1 where something is wrong with the data, 2 for a mistake in the command line. `stats` only
+counts: bad records are listed, and it is 1 where no record can be read.
 Nothing is imported before a command needs it.
 """
 
