@@ -24,6 +24,9 @@ from PIL import Image
 
 from ovisnb.data.base import Note, RecordError
 
+# Keys of a data file with a meaning here; every other key is kept in `meta`.
+FIELDS = ("id", "image", "video", "kind", "box_coordinates", "call_coordinates", "conversations")
+_FIELDS = frozenset(FIELDS)
 UNREAD = {
     "images": "name it `image`",
     "videos": "name it `video`, of which a record has one",
@@ -63,6 +66,8 @@ def beside(row: Mapping[str, Any]) -> dict[str, str]:
     The keys of `UNREAD`, LLaMA-Factory's `chosen` and `kto_tag`, `objects` for which the text has placeholders, and
     the name of a picture under another key where the row has none: it would be learnt without.
     """
+    if row.keys() <= _FIELDS:  # most rows, and a million of them
+        return {}
     found = {key: advice for key, advice in UNREAD.items() if key in row and holds(row[key])}
     if not any(holds(row.get(key)) for key in _MEDIA):
         found |= {key: f"it is a {what}, so name it `{name}`" for key, what, name in _named(row)}

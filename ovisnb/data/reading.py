@@ -18,10 +18,8 @@ from typing import Any
 from ovisnb.data import markup
 from ovisnb.data.base import IMAGE, VIDEO, Entry, Media, Note, RecordError, Turn, kind_of, known_role
 from ovisnb.data.boxes import CONVENTIONS
-from ovisnb.data.keys import beside, role_of, told, unread
+from ovisnb.data.keys import FIELDS, beside, role_of, told, unread
 
-# Keys of a data file with a meaning here; every other key is kept in `meta`.
-FIELDS = ("id", "image", "video", "kind", "box_coordinates", "call_coordinates", "conversations")
 _NAMED = re.compile(r"<img>[^<>]{1,400}</img>")  # Qwen-VL's form of a picture in text
 _UNREAD = Media(path="unread")  # stands in for a picture entry that cannot be read
 
