@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ovisnb.data.files import written
-from ovisnb.data.formats import Options, read_entries, to_record
+from ovisnb.data.formats import Options, read_entries, record_of
 from ovisnb.data.formats.info import DataSet, mixed, sets_of
 from ovisnb.data.formats.rows import kind_of
 from ovisnb.data.media import Folder
@@ -183,14 +183,11 @@ def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:
     rows = read_entries(
         data_set.path, image_folder=options.image_folder, format=data_set.format, template=options.template
     )
-    for index, (line, entry, error) in enumerate(rows):
-        source = f"{data_set.path}:{line}"
-        if error is not None:
-            raise RecordError(f"{source}: {error}", kind=error.kind)
-        record = to_record(entry, source=source, index=index, options=options)
+    for index, row in enumerate(rows):
+        record = record_of(row, index, options)
         pictures: list[bytes] = []
         yield {
-            "record": _to_json({**entry, "id": record.id}, pictures, record),
+            "record": _to_json({**row.entry, "id": record.id}, pictures, record),
             "pictures": pictures,
             "source": record.source,
             "folder": data_set.folder or record.folder,

@@ -24,7 +24,7 @@ from typing import Any
 
 from ovisnb.data import boxes, markup
 from ovisnb.data.checks.faults import plain
-from ovisnb.data.formats import Options, read_entries, to_record
+from ovisnb.data.formats import Options, read_entries, record_of
 from ovisnb.data.media import Folder, folder_of, image_size
 from ovisnb.data.record import IMAGE, Record, RecordError
 
@@ -174,14 +174,10 @@ def summarise_file(
 
     def records() -> Iterator[Record | RecordError]:
         rows = read_entries(path, image_folder=image_folder, format=format, template=template)
-        for index, (line, entry, error) in enumerate(rows):
+        for index, row in enumerate(rows):
             bar.update()
-            source = f"{path}:{line}"
-            if error is not None:
-                yield RecordError(f"{source}: {error}", kind=error.kind)
-                continue
             try:
-                record = to_record(entry, source=source, index=index, options=options)
+                record = record_of(row, index, options)
             except RecordError as refused:
                 record = refused
             yield record

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from ovisnb.data.stream import RecordStream
 from ovisnb.model import load, save
 from ovisnb.train.arguments import training_arguments
-from ovisnb.train.callbacks import MetricsFile, ProgressLines
+from ovisnb.train.callbacks import MetricsFile, ProgressLines, last_counts
 from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, notes_of, open_records
 from ovisnb.train.modules import freeze
 from ovisnb.train.settings import Settings, SettingsError
@@ -203,10 +203,8 @@ class SftTrainer(Trainer):
 
     def _begin_counting(self) -> None:
         """Start the counters at zero, or where the checkpoint's last log left them."""
-        names = ("samples_seen", "tokens_seen", "supervised_tokens")
-        last = next((log for log in reversed(self.state.log_history) if "samples_seen" in log), {})
-        self.seen = {name: last.get(name, 0) for name in names}
-        self._began = time.monotonic() - last.get("seconds", 0.0)
+        self.seen = last_counts(self.state.log_history)
+        self._began = time.monotonic() - self.seen.pop("seconds")
 
     def _report_dropped(self, sentences: list[str]) -> None:
         for sentence in sentences:

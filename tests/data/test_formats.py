@@ -11,6 +11,7 @@ from PIL import Image
 
 from ovisnb.data import Media, Record, RecordError, Turn, open_media, read_records, write_records
 from ovisnb.data.formats import read_entries, read_rows
+from tests.data.told import told
 
 
 def entry(name: str, **more) -> dict:
@@ -33,14 +34,6 @@ FORMS = {
     + "\r\n \r\n".join(json.dumps(e, ensure_ascii=False) for e in ENTRIES)
     + "\n\n",
 }
-
-
-def told(path) -> str:
-    """The one sentence that refuses the file."""
-    with pytest.raises(RecordError) as refusal:
-        list(read_records(path))
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
 
 
 @pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8], ids=["plain", "bom"])

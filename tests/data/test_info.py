@@ -11,6 +11,7 @@ from PIL import Image
 from ovisnb.data import Record, RecordError, open_media, read_records
 from ovisnb.data.formats import read_entries
 from ovisnb.data.formats.info import DataSet, is_info, mixed, read_info
+from tests.data.told import told
 
 
 def lines(folder, name: str, count: int, **more) -> None:
@@ -23,13 +24,6 @@ def info(folder, **sets):
     path = folder / "data_info.json"
     path.write_text(json.dumps(sets, indent=1))
     return path
-
-
-def told(path) -> str:
-    with pytest.raises(RecordError) as refusal:
-        list(read_records(path))
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
 
 
 def texts(path) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 from ovisnb.data import Media, Record, RecordError, Turn, open_media, read_records, write_records
 from ovisnb.data.formats import read_rows
 from ovisnb.data.formats.parquet import parquet_rows, write_parquet
+from tests.data.told import told
 
 
 def entry(name: str, **more) -> dict:
@@ -23,13 +24,6 @@ def table(path, rows: list[dict], **options):
     names = dict.fromkeys(name for row in rows for name in row)
     pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path, **options)
     return path
-
-
-def told(path) -> str:
-    with pytest.raises(RecordError) as refusal:
-        list(read_records(path))
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
 
 
 def test_rows_are_numbered_and_told_by_what_is_in_the_file(tmp_path):

@@ -187,17 +187,22 @@ def counted(monkeypatch):
     return count
 
 
-def test_lines_that_were_read_are_not_read_again(tmp_path, counted, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECES", 40)
-    path = written("jsonl", tmp_path / "some", 2000)
-    size = path.stat().st_size
+def resumed_after(taken: int, path, counted) -> list:
+    """What is left of a stream resumed after so many records; only what that reads is counted."""
     stream = RecordStream(path)
-    list(islice(stream, 1500))
+    list(islice(stream, taken))
     state = stream.state_dict()
     stream = RecordStream(path)
     counted.bytes = 0
     stream.load_state_dict(state)
-    assert len(list(stream)) == 500
+    return list(stream)
+
+
+def test_lines_that_were_read_are_not_read_again(tmp_path, counted, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECES", 40)
+    path = written("jsonl", tmp_path / "some", 2000)
+    size = path.stat().st_size
+    assert len(resumed_after(1500, path, counted)) == 500
     assert size / 4 < counted.bytes < size * (1 / 4 + 2 / 40)  # a quarter is left, and one of 40 pieces comes again
 
 
@@ -208,13 +213,7 @@ def test_pictures_that_were_read_are_not_read_again(tmp_path, counted):
     for number in range(64):
         members += [(f"{number}.png", bytes(10_000)), (f"{number}.json", json.dumps({"conversations": turns}).encode())]
     write_tar(path, members)
-    stream = RecordStream(path)
-    list(islice(stream, 48))
-    state = stream.state_dict()
-    stream = RecordStream(path)
-    counted.bytes = 0
-    stream.load_state_dict(state)
-    assert len(list(stream)) == 16
+    assert len(resumed_after(48, path, counted)) == 16
     assert 16 * 10_000 < counted.bytes < 16 * 10_000 + 64 * 200  # the captions are small
 
 

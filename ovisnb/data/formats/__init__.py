@@ -68,7 +68,8 @@ def read_records(
     it have been given out. To go on after such a row, see `read_entries`.
     """
     options = Options(Path(path), image_folder, template)
-    return _records(read_entries(path, image_folder=image_folder, format=format, template=template), options)
+    rows = read_entries(path, image_folder=image_folder, format=format, template=template)
+    return (record_of(row, index, options) for index, row in enumerate(rows))
 
 
 def read_entries(
@@ -89,6 +90,14 @@ def read_entries(
 
         return some(tar_entries(path, reader, options), path)
     return some(entries_of(read_rows(path), reader, options), path)
+
+
+def record_of(row: Row, index: int, options: Options) -> Record:
+    """The record of the row with this index of `read_entries`; RecordError, one sentence with file and line."""
+    source = f"{options.path}:{row.line}"
+    if row.error is not None:
+        raise RecordError(f"{source}: {row.error}", kind=row.error.kind)
+    return to_record(row.entry, source=source, index=index, options=options)
 
 
 def to_record(entry: Mapping[str, Any], *, source: str, index: int, options: Options) -> Record:
@@ -132,14 +141,6 @@ def write_records(records: Iterable[Record], path: str | os.PathLike[str], *, fo
         for row in _json_rows(records, reader):
             write(row)
     return path
-
-
-def _records(rows: Iterator[Row], options: Options) -> Iterator[Record]:
-    for index, (line, entry, error) in enumerate(rows):
-        source = f"{options.path}:{line}"
-        if error is not None:
-            raise RecordError(f"{source}: {error}", kind=error.kind)
-        yield to_record(entry, source=source, index=index, options=options)
 
 
 def entries_of(rows: Iterable[Row], forced: Reader | None, options: Options) -> Iterator[Row]:
