@@ -131,9 +131,8 @@ class Browser(widgets.VBox):
     @_alone
     def _filter(self) -> None:
         self._places = self.shelf.chosen(self.kind, self.problem)
-        with self._slider.hold_trait_notifications():
-            self._slider.max = max(1, len(self._places))
-            self._slider.value = 1
+        self._slider.value = 1  # first: a browser told of a lower end clips the old value to it and sends that back
+        self._slider.max = max(1, len(self._places))
         for control in (self._slider, self._back, self._on):
             control.disabled = len(self._places) < 2
         self._show()

@@ -98,6 +98,19 @@ def test_the_filters_leave_what_they_say(shelf):
         browser.kind = "d"
 
 
+def test_the_slider_is_never_told_of_an_end_below_its_value(shelf):
+    browser, told = browse(shelf, interactive=True), {"value": 10, "max": 10}
+    browser.go(9)
+
+    def tell(change):
+        told[change["name"]] = change["new"]
+        assert told["value"] <= told["max"]  # a browser would clip the value and send that back
+
+    browser._slider.observe(tell, ["value", "max"])
+    browser.kind = "b"
+    assert told == {"value": 1, "max": 4} and browser.item.id == "b0"
+
+
 def test_python_sets_the_position(shelf):
     browser, seen = browse(shelf, interactive=True), []
     browser.observe(lambda change: seen.append((change["new"], browser.item.id)), "position")
