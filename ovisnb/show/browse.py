@@ -144,7 +144,7 @@ class Browser(widgets.VBox):
             self._said.value = f'<span style="{MUTED}">no record is of this kind and has this problem</span>'
             self._card.value = ""
             return
-        number = self._slider.value
+        number = min(self._slider.value, len(self._places))  # its end comes after the first of a new filter is shown
         self._said.value = f'<span role="status">{number:,} of {len(self._places):,}</span>'
         place = self._places[number - 1]
         if place != self._shown:

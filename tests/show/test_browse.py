@@ -111,6 +111,14 @@ def test_the_slider_is_never_told_of_an_end_below_its_value(shelf):
     assert told == {"value": 1, "max": 4} and browser.item.id == "b0"
 
 
+def test_who_observes_may_go_on_while_a_filter_is_set(shelf):
+    browser = browse(shelf, interactive=True)
+    browser.go(4)
+    browser.observe(lambda change: browser.kind == "c" and browser.go(1), "position")
+    browser.kind = "c"
+    assert browser.item.id == "c0" and "1 of 1" in browser._said.value and browser._slider.value == 1
+
+
 def test_python_sets_the_position(shelf):
     browser, seen = browse(shelf, interactive=True), []
     browser.observe(lambda change: seen.append((change["new"], browser.item.id)), "position")
