@@ -228,8 +228,9 @@ def _with_files(record: Record, image_folder: Folder, pictures: str | os.PathLik
         if media.path is None or record.folder is None:
             return media
         path = Path(record.folder) / media.path
-        if image_folder is not None and path.resolve().is_relative_to(Path(image_folder).resolve()):
-            path = path.resolve().relative_to(Path(image_folder).resolve())
+        if image_folder is not None:
+            found, start = path.resolve(), Path(image_folder).resolve()
+            path = found.relative_to(start) if found.is_relative_to(start) else path.absolute()
         return media.model_copy(update={"path": path.as_posix()})
 
     images = [placed(media) for media in record.images]

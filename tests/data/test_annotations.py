@@ -121,6 +121,13 @@ def test_without_the_picture_only_what_is_below_zero_is_cut(tmp_path):
     assert "reaches outside the picture: it was cut to [0, 3, 7000, 5000]" in record.notes[0]
 
 
+@pytest.mark.parametrize(("box", "kind"), [("[5, 5, 5, 9]", "empty_box"), ("[9, 5, 5, 9]", "inverted_box")])
+def test_no_area_and_inverted_are_kinds_of_their_own(tmp_path, folder, box, kind):
+    with pytest.raises(RecordError, match="has no area") as refusal:
+        read(tmp_path, asked(f"{{Crop {box}}}"), folder=folder)
+    assert refusal.value.kind == kind
+
+
 @pytest.mark.parametrize(
     ("written", "problem"),
     [

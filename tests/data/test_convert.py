@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from PIL import Image
 
 from ovisnb.data import Media, Record, RecordError, boxes, markup, open_media, read_records, write_records
 from ovisnb.data.convert import convert_file, convert_record
+from ovisnb.data.media import ImageFolder
 
 SIZE = (640, 480)
 
@@ -277,3 +280,13 @@ def test_a_folder_of_its_own_goes_into_the_paths(tmp_path, folder):
     assert open_media(back, folder.parent)[0][0].size == SIZE
     with pytest.raises(RecordError, match="part.jsonl is one of the files that are read"):
         convert_file(info, tmp_path / "part.jsonl")
+
+
+def test_a_folder_outside_the_image_folder_is_written_as_a_whole_path(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("part.jsonl").write_text(json.dumps(talk("<image>", "A cat.").to_dict()))
+    Path("sets.json").write_text(json.dumps({"cats": {"meta_file": "part.jsonl", "image_dir": os.path.relpath(folder)}}))
+    Path("elsewhere").mkdir()
+    convert_file("sets.json", "out.jsonl", image_folder="elsewhere")
+    [back] = read_records("out.jsonl")  # from the image folder, a path from the current folder would lead nowhere
+    assert open_media(back, ImageFolder("elsewhere", allow_absolute=True))[0][0].size == SIZE

@@ -228,6 +228,13 @@ def test_lines_go_on_after_a_broken_one(tmp_path):
     assert "nested too deeply" in rows[4].problem
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+def test_a_line_that_breaks_off_says_at_which_column(tmp_path, end):
+    path, broken = tmp_path / "train.jsonl", b'{"id": "b", "conversations": []'
+    path.write_bytes(json.dumps(ENTRIES[0]).encode() + b"\n" + broken + end)
+    assert f"broken JSON at column {len(broken) + 1} " in list(read_rows(path))[1].problem
+
+
 BREAKS = {
     "a colon is missing": lambda text: text.replace('"note": {', '"note" {', 1),
     "a bracket is not closed": lambda text: text.replace('"note": {', '"note": [{', 1),

@@ -110,7 +110,7 @@ def is_number(value: Any) -> bool:
 def cut(box: Sequence[float], size: Sequence[float], named: str, where: str) -> tuple[Box | None, Note | None]:
     """-> (the part of a box inside a picture of `size`, None if there is none; what is wrong with the box, or None)."""
     if boxes.area(box) <= 0:
-        return None, Note(f"{named} has no area", "empty_box")
+        return None, Note(f"{named} has no area", boxes.flaw(box) or "empty_box")
     inside = boxes.clip(box, size)
     if boxes.area(inside) <= 0:
         return None, Note(f"{named} lies outside {where}", "box_outside")

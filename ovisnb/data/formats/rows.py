@@ -191,7 +191,7 @@ def line_rows(file: Iterable[bytes]) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = json.loads(line.decode("utf-8").rstrip("\r\n"))  # else a break at the end has column 1
         except (ValueError, RecursionError) as error:
             yield Row(number, None, _broken(error))
             continue
