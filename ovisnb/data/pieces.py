@@ -72,8 +72,8 @@ class Example(NamedTuple):
     """An entry in the record form, or an error, and where it was found."""
 
     place: str
-    index: int
-    """What names a record without an id."""
+    index: str
+    """What names a record without an id: "812333", and "812333.1" for the second record of that row."""
     row: Row
     pictures: dict[str, tar.Stored] | None = None
     """Where the pictures of a sample lie, which are not read yet, by the names that stand for them in the entry."""
@@ -161,11 +161,11 @@ def _read_lines(file: File, piece: Piece, chance: Random, reader: Any) -> Iterat
             block += data.readline()
     lines = block.split(b"\n")
     starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=start))
-    rows = list(entries_of(line_rows(lines), reader, file.options))
+    rows = list(_counted(entries_of(line_rows(lines), reader, file.options)))
     chance.shuffle(rows)
-    for row in rows:
+    for number, row in rows:
         byte = starts[row.line - 1]
-        yield Example(f"@{byte}", byte, row)
+        yield Example(f"@{byte}", f"{byte}{number}", row)
 
 
 def _cut_parquet(number: int, file: File, step: int) -> Iterator[Piece]:
@@ -205,8 +205,8 @@ def _read_parquet(file: File, piece: Piece, chance: Random, reader: Any) -> Iter
                 rows = [Row(before + at + start + place, *row) for place, row in enumerate(found, start=1)]
                 at += batch.num_rows
                 chance.shuffle(rows)
-                for row in entries_of(rows, reader, file.options):
-                    yield Example(str(row.line), row.line - 1, row)
+                for number, row in _counted(entries_of(rows, reader, file.options)):
+                    yield Example(str(row.line), f"{row.line - 1}{number}", row)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RecordError(
             f"{file.path}: the table is damaged ({' '.join(str(error).split())}): write it anew"
@@ -227,8 +227,15 @@ def _read_tar(file: File, piece: Piece, chance: Random, reader: Any) -> Iterator
     chance.shuffle(numbers)
     for number in numbers:
         sample = samples[number]
-        for row in entries_of([tar.row(file.path, sample, number)], reader, file.options):
-            yield Example(shown(sample.key), number, row, sample.pictures)
+        for place, row in _counted(entries_of([tar.row(file.path, sample, number)], reader, file.options)):
+            yield Example(shown(sample.key), f"{number}{place}", row, sample.pictures)
+
+
+def _counted(entries: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """Entries, each after what tells it from the others of its row: "" for the first, then ".1", ".2", ..."""
+    for _, some in itertools.groupby(entries, key=lambda row: row.line):
+        for number, row in enumerate(some):
+            yield f".{number}" if number else "", row
 
 
 _CUT = {"lines": _cut_lines, "parquet": _cut_parquet, "tar": _cut_tar}
