@@ -285,7 +285,9 @@ def test_a_folder_of_its_own_goes_into_the_paths(tmp_path, folder):
 def test_a_folder_outside_the_image_folder_is_written_as_a_whole_path(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("part.jsonl").write_text(json.dumps(talk("<image>", "A cat.").to_dict()))
-    Path("sets.json").write_text(json.dumps({"cats": {"meta_file": "part.jsonl", "image_dir": os.path.relpath(folder)}}))
+    Path("sets.json").write_text(
+        json.dumps({"cats": {"meta_file": "part.jsonl", "image_dir": os.path.relpath(folder)}})
+    )
     Path("elsewhere").mkdir()
     convert_file("sets.json", "out.jsonl", image_folder="elsewhere")
     [back] = read_records("out.jsonl")  # from the image folder, a path from the current folder would lead nowhere
