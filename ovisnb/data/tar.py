@@ -81,6 +81,13 @@ def samples(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
     return _samples(path, told.st_size, told.st_mtime_ns)
 
 
+def is_empty(path: Path) -> bool:
+    """Whether a file is a tar without members: nothing but its end, which does not tell what it is as headers do."""
+    with path.open("rb") as file:
+        end = file.read(tarfile.RECORDSIZE + 1)
+    return path.suffix.lower() == ".tar" and 2 * tarfile.BLOCKSIZE <= len(end) <= tarfile.RECORDSIZE and not any(end)
+
+
 def row(path: Path, sample: Sample, number: int) -> Row:
     """The row of a sample, its pictures by name; its line is `number`. A sample without text is an error."""
     try:

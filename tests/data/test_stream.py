@@ -337,3 +337,27 @@ def test_a_small_set_comes_as_often_as_its_weight_says(tmp_path):
     endless = chain.from_iterable(repeat(RecordStream(tmp_path / "info.json", seed=1)))
     share = sum(record.id == "a0" for record in islice(endless, 300)) / 300
     assert share == pytest.approx(1 / 3, abs=0.08)  # three standard deviations; 0.2 if its ends cost it a turn
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_records_of_one_row_are_told_apart(tmp_path, kind):
+    rows = [{"image_path": "a.jpg", "QnA": [{"Q": f"{n}?", "A3": "Yes."} for n in range(3)]}] * 5
+    path = tmp_path / f"some.{kind}"
+    if kind == "tar":
+        write_tar(path, [(f"{number}.json", json.dumps(row).encode()) for number, row in enumerate(rows)])
+    else:
+        WRITERS[kind](path, rows)
+    names = ids(RecordStream(path))
+    assert len(set(names)) == len(names) == 15
+
+
+def test_an_empty_shard_has_no_records(tmp_path):
+    for kind, write in WRITERS.items():
+        path = tmp_path / f"empty.{kind}"
+        write(path, [row(0)] if kind == "parquet" else [])
+        if kind == "parquet":
+            pq.write_table(pq.read_table(path).slice(0, 0), path)
+        full = written(kind, tmp_path / "full", 5)
+        assert len(list(RecordStream([path, full]))) == 5
+        with pytest.raises(RecordError, match="there is no record in"):
+            RecordStream(path)
