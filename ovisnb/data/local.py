@@ -148,7 +148,8 @@ def _key(data_set: DataSet, options: Options) -> tuple[str, str]:
         folder and (os.path.abspath(folder), getattr(folder, "allow_absolute", False)),
     ]
     told = data_set.path.stat()
-    version = [_reader_version(), told.st_size, told.st_mtime_ns]
+    # the second time, of the file's own change, is that of a file that keeps the first: `cp -p`, `mv` over another
+    version = [_reader_version(), told.st_size, told.st_mtime_ns, told.st_ctime_ns]
     return tuple(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] for facts in (source, version))
 
 

@@ -78,6 +78,27 @@ def test_a_file_is_read_once(file, cache, monkeypatch, tmp_path):
     assert read == [other] * 4
 
 
+def test_a_file_of_the_same_size_and_time_is_not_the_same_file(tmp_path, cache):
+    path, other = (write(tmp_path / f"{name}.jsonl", [{"id": name, "conversations": TURNS}]) for name in "ab")
+    assert LocalRecords(path, cache_folder=cache)[0].id == "a"
+    told = path.stat()
+
+    def set_time(file):
+        while True:  # until the system's clock has moved on, some milliseconds
+            os.utime(file, ns=(told.st_atime_ns, told.st_mtime_ns))
+            if file.stat().st_ctime_ns > told.st_ctime_ns:
+                return file.stat()
+
+    set_time(other)
+    os.replace(other, path)  # as `mv` does, and rsync
+    assert LocalRecords(path, cache_folder=cache)[0].id == "b"
+    told = path.stat()
+    write(path, [{"id": "c", "conversations": TURNS}])
+    now = set_time(path)
+    assert (now.st_mtime_ns, now.st_size) == (told.st_mtime_ns, told.st_size)
+    assert LocalRecords(path, cache_folder=cache)[0].id == "c"
+
+
 def test_pictures_in_the_data_and_odd_values(tmp_path, cache):
     path = tmp_path / "some.jsonl"
     write(path, [{"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]], "image": "a.jpg"}])
