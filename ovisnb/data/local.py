@@ -20,7 +20,7 @@ import os
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -107,20 +107,47 @@ class LocalRecords(Sequence[Record]):
 def _open(data_set: DataSet, options: Options, cache: Path, held: ExitStack) -> Any:
     """The table of one data file as a datasets.Dataset, written first if it is not there, and `held` open."""
     from datasets import Dataset
-    from filelock import FileLock
 
     if kind_of(data_set.path) == "tar":  # a table would hold all of its pictures once more
         raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
     source, version = _key(data_set, options)
     file = cache / f"{source}-{version}.arrow"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{source}.lock"):
-        if not file.exists():
-            for older in cache.glob(f"*{source}-*"):
-                _remove(older)
-            _write(file, data_set, options)
-        fcntl.flock(held.enter_context(file.open("rb")), fcntl.LOCK_SH)
-        return Dataset.from_file(str(file))
+    if not _hold(file, held):
+        with _alone(cache, source):
+            if not file.exists():
+                for older in cache.glob(f"*{source}-*"):
+                    _remove(older)
+                _write(file, data_set, options)
+            _hold(file, held)
+    return Dataset.from_file(str(file))
+
+
+def _hold(file: Path, held: ExitStack) -> bool:
+    """Keep a table from being removed until `held` is closed; False if there is none. The folder may be read-only."""
+    try:
+        handle = file.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    fcntl.flock(held.enter_context(handle), fcntl.LOCK_SH)
+    return file.exists()  # not removed just before
+
+
+@contextmanager
+def _alone(cache: Path, source: str) -> Iterator[None]:
+    """Let one process at a time write tables of a source. OSError that says what to do where none can be written."""
+    from filelock import FileLock
+
+    lock = FileLock(cache / f"{source}.lock")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        said = f"no cache can be kept here ({error.strerror}): set HF_DATASETS_CACHE to a folder that can be written"
+        raise OSError(error.errno, said, str(cache)) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _remove(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -177,6 +178,21 @@ print(len(local.LocalRecords(sys.argv[1], cache_folder=sys.argv[2])))
     processes = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(3)]
     printed = [process.communicate()[0].split() for process in processes]
     assert sorted(printed) == [["2503"], ["2503"], ["read", "2503"]]
+
+
+def test_a_folder_that_cannot_be_written(file, cache, monkeypatch, tmp_path):
+    LocalRecords(file, cache_folder=cache)
+    with pytest.raises(OSError, match=r"no cache can be kept here \([\w ]+\): set HF_DATASETS_CACHE to a folder that"):
+        LocalRecords(file, cache_folder=file)
+
+    def refuse(*some, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", "x.lock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert len(LocalRecords(file, cache_folder=cache)) == 2503  # as of a folder that others have filled
+    with pytest.raises(OSError, match=r"no cache can be kept here \(Permission denied\)") as caught:
+        LocalRecords(file, cache_folder=tmp_path / "other")
+    assert caught.value.filename == str(tmp_path / "other")
 
 
 def test_a_table_takes_the_place_of_older_ones_that_nobody_has_open(tmp_path, cache):
