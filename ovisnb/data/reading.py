@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -208,20 +207,31 @@ class Reading:
 
 
 def _slots(role: str | None, text: str | None) -> Iterator[markup.Call | None]:
-    """For each `<image>` of a turn the crop call that it answers, or None; calls and pictures pair up in order."""
-    text, waiting = text or "", deque()
+    """For each `<image>` of a turn the crop call that it answers, or None.
+
+    Calls and the pictures behind them pair up in order; of more calls than pictures, the last ones have them.
+    """
+    text, waiting, shown = text or "", [], 0
     calls = markup.calls(text) if role in ("gpt", "ignored_gpt", None) else []
     found = [(call.start, call.end, call) for call in calls]
     found += [(match.start(), match.end(), None) for match in re.finditer(IMAGE, text)]
     last = 0
     for start, end, call in sorted(found, key=lambda item: item[0]):
-        if text[last:start].strip():
-            waiting.clear()
+        if text[last:start].strip() or (call is not None and shown):
+            yield from _paired(waiting, shown)
+            waiting, shown = [], 0
         last = end
         if call is None:
-            yield waiting.popleft() if waiting else None
+            shown += 1
         elif call.name == "crop":
             waiting.append(call)
+    yield from _paired(waiting, shown)
+
+
+def _paired(calls: Sequence[markup.Call], pictures: int) -> list[markup.Call | None]:
+    """The call of each of so many pictures that stand behind calls, None for those behind the last one's."""
+    answered = calls[max(len(calls) - pictures, 0) :]
+    return [*answered, *[None] * (pictures - len(answered))]
 
 
 def no_turns() -> RecordError:

@@ -163,6 +163,17 @@ def test_several_calls_get_one_crop_each_in_order():
         assert [media.box for media in Record.from_dict(calling(text)).images] == wanted
 
 
+def test_a_picture_belongs_to_the_call_right_before_it():
+    one, two = "<tool_call>[1, 2, 3, 4]</tool_call>", "<tool_call>Crop dog [5, 6, 7, 8]</tool_call>"
+    for text, wanted in (
+        (f"{one} {two}<image>", [(5, 6, 7, 8)]),  # the first call has no picture
+        (f"{one}\n{one}{two}<image><image>", [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        (f"{one}{two}<image>{one}<image>", [(5, 6, 7, 8), (1, 2, 3, 4)]),
+        (f"{one} so {two}<image>", [(5, 6, 7, 8)]),
+    ):
+        assert [media.box for media in Record.from_dict(calling(text)).images] == [None, *wanted]
+
+
 def test_a_crop_is_cut_from_the_last_whole_picture_before_it():
     data = talk(
         ("human", "<image><image>"),
