@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections import Counter
 
 import pytest
@@ -24,6 +26,21 @@ def info(folder, **sets):
     path = folder / "data_info.json"
     path.write_text(json.dumps(sets, indent=1))
     return path
+
+
+def shard(path, *samples: tuple[str, str]):
+    """A WebDataset tar of pictures with captions."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(picture, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for name, content in [
+            (f"{key}.{end}", data)
+            for key, text in samples
+            for end, data in (("png", picture.getvalue()), ("txt", text.encode()))
+        ]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def texts(path) -> list[str]:
@@ -207,3 +224,21 @@ def test_any_object_is_sets_or_a_sentence(tmp_path_factory, sets):
             assert all(isinstance(one, (DataSet, Record)) for one in read(path))
         except RecordError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("weight", [None, 1])
+def test_a_data_set_may_be_a_tar(tmp_path, weight):
+    lines(tmp_path, "talks.jsonl", 2)
+    shard(tmp_path / "shard.tar", ("a", "A cat."), ("b", "A dog."))
+    captions = {"meta_file": "shard.tar", "data_format": "caption", "caption_template": "<image> What?"}
+    talks = {"meta_file": "talks.jsonl"}
+    records = list(
+        read_records(info(tmp_path, captions=captions | {"weight": weight}, talks=talks | {"weight": weight}))
+    )
+    found = {record.id: record for record in records if record.images}
+    assert [(name, record.turns[0].text, record.turns[1].text) for name, record in sorted(found.items())] == [
+        ("a", "<image> What?", "A cat."),
+        ("b", "<image> What?", "A dog."),
+    ]
+    assert {record.source for record in found.values()} == {f"{tmp_path / 'shard.tar'}:{n}" for n in (1, 2)}
+    assert open_media(found["a"])[0][0].size == (8, 6)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ovisnb.data.formats.parts import is_number
-from ovisnb.data.formats.rows import Entry, Options, Reader, Row, data_file, read_rows, some
+from ovisnb.data.formats.rows import Entry, Options, Reader, Row, data_file, kind_of, read_rows, some
 from ovisnb.data.media import Folder, folder_or
 from ovisnb.data.record import RecordError
 
@@ -237,18 +237,22 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _entries_of(data_set: DataSet, options: Options) -> Iterator[Entry | RecordError]:
     """The entries of one data set, each with its own source and folder."""
     from ovisnb.data import formats  # which knows this reader
+    from ovisnb.data.tar import tar_entries  # which leans on it
 
     options = data_set.options(options.image_folder, options.template)
     # A data-info file in a data-info file may name itself, and would never end.
     nested = "it is a data-info file itself: name the data files that it lists"
     try:
         reader = None if data_set.format is None else formats.reader_of(data_set.format)
-        rows = (
-            Row(row.line, None, RecordError(nested)) if matches(row.entry) else row for row in read_rows(data_set.path)
-        )
+        if kind_of(data_set.path) == "tar":
+            entries = tar_entries(data_set.path, reader, options)
+        else:
+            rows = read_rows(data_set.path)
+            rows = (Row(row.line, None, RecordError(nested)) if matches(row.entry) else row for row in rows)
+            entries = formats.entries_of(rows, reader, options)
     except RecordError as error:
         raise error.at(f"the data set {data_set.name!r}") from None
-    entries = some(formats.entries_of(rows, reader, options), data_set.path)
+    entries = some(entries, data_set.path)
     for index, (line, entry, error) in enumerate(entries):
         source = f"{data_set.path}:{line}"
         if error is None and not isinstance(entry, dict):
