@@ -385,3 +385,12 @@ def test_a_data_set_in_memory(tmp_path):
         from_dataset(datasets.DatasetDict({"train": pictures}))
     with pytest.raises(TypeError, match="read a stream"):
         from_dataset(pictures.to_iterable_dataset())
+
+
+def test_a_video_right_after_a_call_is_no_crop(tmp_path):
+    asked = "After <tool_call>Crop [1, 2, 30, 40]</tool_call><video> what?"
+    [record] = read(tmp_path, {"messages": [user(asked), assistant("A cat.")], "videos": ["a.mp4"]})
+    assert record.turns[0].text == asked and [media.path for media in record.video] == ["a.mp4"]
+    assert list(read_records(write_records([record], tmp_path / "back.json", format="messages"))) == [
+        record.model_copy(update={"source": f"{tmp_path / 'back.json'}:2"})
+    ]

@@ -366,8 +366,9 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _has_whole(text: str, placeholder: str) -> bool:
-    """Whether `text` has a placeholder that is no crop's."""
-    return text.count(placeholder) > text.count(f"</tool_call>{placeholder}")
+    """Whether `text` has a placeholder that is no crop's; a crop is a picture, never a video."""
+    crops = text.count(f"</tool_call>{IMAGE}") if placeholder == IMAGE else 0
+    return text.count(placeholder) > crops
 
 
 def _misplaced(turns: Sequence[Turn | _Turn], placeholder: str) -> bool:
