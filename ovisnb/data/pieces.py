@@ -5,8 +5,9 @@
 
 A piece is a range of bytes of JSON lines (the lines that start in it), a row group of a parquet file, or samples of
 a tar (`ovisnb.data.tar`). Small data are cut down to single records, so that many processes have something each; large
-data into pieces of at most `LARGEST` bytes, or whole row groups. A piece is read at once, and its records come
-in random order. Row groups and tars may be larger than memory: of these a few rows, or the captions, are read at once.
+data into pieces of at most `LARGEST` bytes, or whole row groups if there are several. A piece is read at once, and its
+records come in random order. Row groups and tars may be larger than memory: of these a few rows, or the captions, are
+read at once.
 
 A place is where a record stands in its file: "@812333" for the line that starts at that byte, because counting lines
 means reading all that is before them (`with_line` does that, for an error), "17" for a row, the key of a sample.
@@ -36,6 +37,8 @@ PIECES = 1024
 """How many pieces are made, if the data are large enough for it but not so large that they would be above `LARGEST`."""
 SMALL = 64 << 20
 """Bytes of a file that is looked through to cut it well."""
+FEWEST = 16
+"""Pieces of large parquet files and tars, where these have fewer: processes without one would all read the same."""
 _TAR_PIECE = 256 << 20  # larger, because every piece looks through all the headers of its tar
 _BLOCK = 1 << 20
 
@@ -101,7 +104,8 @@ def cut(files: Sequence[File]) -> list[Piece]:
     pieces: list[Piece] = []
     for number, file in enumerate(files):
         pieces += _CUT[file.kind](number, file, step)
-    return pieces
+    times = FEWEST // max(len(pieces), 1)
+    return [finer for piece in pieces for finer in _finer(piece, times if _is_large(files[piece.file]) else 1)]
 
 
 def read_piece(file: File, piece: Piece, chance: Random) -> Iterator[Example]:
@@ -126,6 +130,17 @@ def with_line(source: str) -> str:
     except OSError:
         return source  # the byte is still right
     return f"{path}:{lines}"
+
+
+def _is_large(file: File) -> bool:
+    """Whether it was cut without a look at its rows; lines are cut by bytes, finely enough."""
+    return file.kind != "lines" and file.path.stat().st_size > SMALL
+
+
+def _finer(piece: Piece, times: int) -> Iterator[Piece]:
+    """The piece in so many parts, or itself."""
+    for part in range(piece.part * times, (piece.part + 1) * times) if times > 1 else [piece.part]:
+        yield piece._replace(part=part, parts=piece.parts * max(times, 1))
 
 
 def _cut_lines(number: int, file: File, step: int) -> Iterator[Piece]:
@@ -178,7 +193,7 @@ def _cut_parquet(number: int, file: File, step: int) -> Iterator[Piece]:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RecordError(f"{file.path} is no parquet file that can be read ({error}): write it anew") from None
     small = file.path.stat().st_size <= SMALL
-    # every part of a row group decodes the group up to its end, so a large one stays whole
+    # every part of a row group decodes the group up to its end, so a large one stays whole, if there are FEWEST
     most = max(64 // max(len(rows), 1), 1) if small else 1
     for group, count in enumerate(rows):
         parts = min(count, most)

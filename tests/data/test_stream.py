@@ -361,3 +361,13 @@ def test_an_empty_shard_has_no_records(tmp_path):
         assert len(list(RecordStream([path, full]))) == 5
         with pytest.raises(RecordError, match="there is no record in"):
             RecordStream(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_single_large_shard_is_shared_out(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(pieces, "SMALL", 0)
+    monkeypatch.setitem(WRITERS, "parquet", lambda path, rows: write_parquet(path, rows, group=len(rows)))
+    stream = RecordStream(written(kind, tmp_path / "one", 150), seed=1)
+    parts = [ids(stream.shard(rank, 4)) for rank in range(4)]
+    assert sorted(chain(*parts), key=int) == [str(number) for number in range(150)]
+    assert all(30 <= len(part) <= 45 for part in parts)
