@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -72,8 +73,9 @@ def browser():
         # Playwright would wait for its driver to see the end of a pipe, which a process forked meanwhile (a DataLoader's
         # worker that a failed run left to the garbage collector) keeps open: for ever.
         for child in psutil.Process().children():
-            if Path(child.exe()).name == "node":  # its name is that of a thread
-                child.terminate()
+            with suppress(psutil.Error):  # a child that ended, or that nobody has waited for, is none of this
+                if Path(child.exe()).name == "node":  # its name is that of a thread
+                    child.terminate()
 
 
 @pytest.fixture(scope="session")
@@ -192,11 +194,12 @@ class Notebook:
                 r"(\[ \]:)+", states
             ):  # a click is lost while the kernel is being connected
                 self.wait_idle()
-                while not self.asked and time.monotonic() < now + 10:
+                now = time.monotonic()  # connecting may have taken long
+                while not self.asked and time.monotonic() < now + 60:
                     self.page.wait_for_timeout(50)
                 self.page.get_by_role("menuitem", name="Run", exact=True).click()
                 self.page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
-                again = now + 2
+                again = time.monotonic() + 10  # a click too many would run the cells twice
             self.page.wait_for_timeout(50)
         self.wait_idle()
         if re.search("Traceback|Error: ", printed := self._printed()):
@@ -221,10 +224,10 @@ class Notebook:
             sessions = [one for one in self.lab.api("sessions") if one["path"] == self.name]
             self._client = BlockingKernelClient()
             self._client.load_connection_file(str(self.lab.runtime / f"kernel-{sessions[0]['kernel']['id']}.json"))
-            self._client.start_channels()
-        reply = self._client.execute_interactive(
-            "", silent=True, user_expressions={"value": f"repr(({expression}))"}, timeout=SECONDS
-        )
+            # only the channel of answers: of what is broadcast, a client that has just connected may miss the end
+            self._client.start_channels(iopub=False, stdin=False, hb=False, control=False)
+        asked = {"value": f"repr(({expression}))"}
+        reply = self._client.execute("", silent=True, user_expressions=asked, reply=True, timeout=SECONDS)
         value = reply["content"]["user_expressions"]["value"]
         if value["status"] != "ok":
             raise RuntimeError(f"{expression}: {value['ename']}: {value['evalue']}")
