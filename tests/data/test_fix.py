@@ -113,6 +113,14 @@ def test_ids_become_unique_and_twice_the_same_record_is_left_out(folder):
     assert said(cleaned.fixed.repaired)[0] == ("duplicate_id", "a", 2)
 
 
+def test_what_is_left_out_after_its_repair_does_not_count_as_repaired(folder):
+    entries = [talk("Hi", "Yes"), talk("Ho", "See <think>", id="open")]
+    for entry in entries:
+        entry["conversations"][0]["from"] = "user"
+    assert len(cleaned(folder, *entries)) == 1
+    assert "1 record written, 1 of them repaired, 1 left out" in cleaned.fixed.text()
+
+
 def test_leaving_out_goes_on_until_nothing_is_found(folder):
     # Once the two answers without a picture file are gone, nearly all that is left has <answer>.
     entries = [talk(f"Hi {name}", "<think>b</think><answer>1</answer>", id=name) for name in "xyz"]

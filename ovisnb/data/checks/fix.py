@@ -43,6 +43,7 @@ class Fixed:
     records: int
     """Records in the cleaned copy."""
     repaired: Report
+    """Also of records that were left out afterwards; `repaired.faulty` counts those that are in the copy."""
     left_out: Report
     """One line for each reason; `left_out.faulty` counts the records."""
     remaining: Report
@@ -112,6 +113,7 @@ def fix(
             write_rows(_entries(copy, drop), copy)  # it appears when all of it is written, so it may be read meanwhile
             remaining = Report(os.fspath(out), ignore)
         write_rows(_entries(copy) if work.lines else (), out)
+    repaired.faulty = sum(work.mended)
     return Fixed(out, len(work.lines), repaired, left_out, remaining)
 
 
@@ -126,6 +128,7 @@ class _Work:
         self.path, self.pictures, self.ignore = path, pictures, ignore
         self.repaired, self.left_out = repaired, left_out
         self.lines: list[int] = []
+        self.mended: list[bool] = []  # of each line of the copy, whether something in it was repaired
         self.unnamed: list[int | None] = []  # of each line of the copy, the number in the input of a record without id
         self.ids: set[int] = set()
         self.near: set[int] = set()
@@ -155,8 +158,8 @@ class _Work:
                 continue
             for found in done:
                 self.repaired.add(found.kind, checked.name, row.line, found.message)
-            self.repaired.faulty += bool(done)
             self.lines.append(row.line)
+            self.mended.append(bool(done))
             self.unnamed.append(index if entry.get("id") is None else None)
             yield entry
 
@@ -175,6 +178,7 @@ class _Work:
             self.left_out.add(fault.kind, name, self.lines[at], said or fault.message)
         self.left_out.faulty += len(lines)
         self.lines = [line for at, line in enumerate(self.lines, 1) if at not in lines]
+        self.mended = [mended for at, mended in enumerate(self.mended, 1) if at not in lines]
         self.unnamed = [number for at, number in enumerate(self.unnamed, 1) if at not in lines]
         return lines
 
