@@ -264,7 +264,7 @@ def _inside(path: str, image_folder: str | os.PathLike[str]) -> Path:
 def _header(media: Media, image_folder: Folder) -> Iterator[tuple[Image.Image, str]]:
     """The picture, not yet decoded, and its name; whatever goes wrong in the with block becomes a MediaError."""
     name, path = "the PIL image" if media.image is not None else "the picture in the data", None
-    legible = False  # the header; what goes wrong after it is damage behind it
+    legible = False  # the header; what goes wrong after it is damage behind it, as is all of a WebP that is cut off
     if media.path is not None:
         path = find_file(media.path, image_folder)
         name = shown(path)
@@ -276,8 +276,9 @@ def _header(media: Media, image_folder: Folder) -> Iterator[tuple[Image.Image, s
             return
         # Never by name: Pillow would map some files into memory, and garbles a TIFF on its side when it does.
         with io.BytesIO(media.data) if path is None else path.open("rb") as file:
-            if not file.read(1):
+            if not (start := file.read(12)):
                 raise MediaError(f"{name} is empty (0 bytes): replace the file")
+            legible = start[8:] == b"WEBP" and int.from_bytes(start[4:8], "little") + 8 > file.seek(0, os.SEEK_END)
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image.size, name)
@@ -361,8 +362,7 @@ def _orientation(image: Image.Image) -> int:
 def _exif_of_png(file: io.BufferedIOBase) -> Image.Exif:
     """EXIF may stand behind the pixels of a PNG: read the other chunks only, in a picture of one pixel."""
     place, size = file.tell(), file.seek(0, os.SEEK_END)
-    at, (start, end) = 8, _small_png()
-    extra = b""
+    at, extra, (start, end) = 8, b"", _small_png()
     while at + 12 <= size:
         file.seek(at)
         head = file.read(8)

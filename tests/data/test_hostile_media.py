@@ -133,6 +133,13 @@ def test_truncated_files(tmp_path, form):
     assert inspect_image(Media(data=data)).problem is None
 
 
+@pytest.mark.parametrize("share", (0.02, 0.5, 0.99))
+def test_a_webp_that_is_cut_off_is_told_as_truncated(share):
+    data = noise("WEBP")
+    assert inspect_image(Media(data=data[: int(len(data) * share)])).kind == "truncated_picture"
+    assert inspect_image(Media(data=data[:16] + bytes(len(data) - 16))).kind == "unreadable_picture"
+
+
 def test_what_is_no_file(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
