@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def _call(words: list[str]) -> int:
     arguments = _parser().parse_args(words)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return arguments.call(arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is said in a sentence
+            return arguments.call(arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
 

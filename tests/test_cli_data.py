@@ -51,6 +51,16 @@ def bad(tmp_path) -> Path:
     return path
 
 
+def test_what_pillow_warns_of_is_not_printed_beside_the_report(tmp_path):
+    Image.effect_noise((80, 60), 90).convert("RGB").save(tmp_path / "whole.tif")
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:100])  # within its tables
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps([talk("<image> a", "A.", id="cut", image="cut.tif")]))
+    command = [sys.executable, "-m", "ovisnb.cli", "data", "validate", path, tmp_path]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "cut.tif" in done.stdout and "Warning" not in done.stderr
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys\n"
