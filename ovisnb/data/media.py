@@ -372,7 +372,7 @@ def _exif_of_png(file: io.BufferedIOBase) -> Image.Exif:
         at += length + 12
     file.seek(place)
     with Image.open(io.BytesIO(start + extra + end), formats=("PNG",)) as image:
-        return image.getexif()
+        return Image.Image.getexif(image)  # that of a PNG would decode it, to read what may follow
 
 
 @cache

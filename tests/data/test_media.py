@@ -276,10 +276,12 @@ def test_the_size_is_that_of_the_opened_picture(media):
 @pytest.mark.parametrize("form", sorted(WRITTEN))
 def test_the_size_is_read_without_decoding(folder, form):
     (folder / "a").write_bytes(encoded(30, 20, form, WRITTEN[form][0], 6))
+    Image.new(WRITTEN[form][0], (30, 20)).save(folder / "plain", form)
     turned = form in ("JPEG", "PNG", "WEBP", "TIFF")
     decoding = AssertionError("the pixels were decoded")
     with mock.patch.object(ImageFile.ImageFile, "load", side_effect=decoding):
         assert image_size(Media(path="a"), folder) == ((20, 30) if turned else (30, 20))
+        assert image_size(Media(path="plain"), folder) == (30, 20)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
