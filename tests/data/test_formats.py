@@ -85,6 +85,19 @@ def test_one_record_alone_is_told_from_the_wrapped_list(tmp_path):
     assert "no turns" in told(path)
 
 
+STRAY = [{}, None, 7, entry("ann")["conversations"][0], {"messages": [{"role": "user", "content": "Hi"}]}]
+
+
+@pytest.mark.parametrize("stray", STRAY, ids=["empty", "null", "number", "turn", "messages"])
+@pytest.mark.parametrize("name, indent", [("a.json", None), ("a.json", 2), ("a.jsonl", None)])
+def test_the_first_entry_alone_does_not_tell_the_wrapped_list(tmp_path, name, indent, stray):
+    (tmp_path / name).write_text(json.dumps({"conversations": [stray, *ENTRIES]}, indent=indent))
+    assert [row.entry for row in read_rows(tmp_path / name)] == [stray, *ENTRIES]
+    alone = {"conversations": [stray, *entry("ann")["conversations"]]}  # nor one record
+    (tmp_path / name).write_text(json.dumps(alone, indent=indent))
+    assert stray is STRAY[-1] or [row.entry for row in read_rows(tmp_path / name)] == [alone]
+
+
 def test_records_without_id_count_through_the_file(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text('\n{"conversations": [{"from": "human", "value": "Hi"}]}\n' * 3)

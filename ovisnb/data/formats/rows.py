@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -196,7 +197,7 @@ def line_rows(file: Iterable[bytes]) -> Iterator[Row]:
             yield Row(number, None, _broken(error))
             continue
         conversations = entry.get("conversations") if isinstance(entry, dict) else None
-        if isinstance(conversations, list) and conversations and _is_record(conversations[0]):
+        if isinstance(conversations, list) and _are_records(conversations):
             yield from (Row(number, record) for record in conversations)  # the wrapped form, on one line
         else:
             yield Row(number, entry)
@@ -290,6 +291,10 @@ class _Document:
             yield self.broken(json.JSONDecodeError("Expecting ',' delimiter", "", end - first), end, first, position)
         return None
 
+    def wraps(self, start: int) -> bool:
+        """Whether the list at `start` holds records; broken entries and those that are neither do not tell."""
+        return _are_records(found.entry for found in self.list(start))
+
     def found(self, start: int, entry: Any, end: int | None = None) -> _Found:
         """The entry read from `start` to `end`, unless bytes in there are not UTF-8."""
         bad = self.escaped and _ESCAPED.search(self.text, start, len(self.text) if end is None else end)
@@ -311,7 +316,7 @@ class _Document:
         while text.startswith('"', position):
             key, position = _decode(text, position)
             position = _expect(":", text, _skip(text, position))
-            if key == "conversations" and _holds_records(text, position):
+            if key == "conversations" and text.startswith("[", position) and self.wraps(position):
                 wrapper = True
                 position = yield from self.list(position)
                 if position is None:
@@ -342,15 +347,15 @@ def _starts(text: str, position: int) -> Callable[[int], int | None]:
     return next_start
 
 
-def _holds_records(text: str, start: int) -> bool:
-    """Whether the value at `start` is a list of records; only its first entry is read."""
-    first = _skip(text, start + 1)
-    return text.startswith("[", start) and text.startswith("{", first) and _is_record(_decode(text, first)[0])
-
-
-def _is_record(entry: Any) -> bool:
-    """Whether an entry under "conversations" is a record rather than a turn of one."""
-    return isinstance(entry, dict) and entry.keys().isdisjoint(("from", "role")) and not entry.keys().isdisjoint(FIELDS)
+def _are_records(entries: Iterable[Any]) -> bool:
+    """Whether entries under "conversations" are records rather than turns of one, told by a hundred of them at most."""
+    records = turns = 0
+    for entry in islice((entry for entry in entries if isinstance(entry, dict)), 100):
+        if any(isinstance(entry.get(key), list) for key in ("conversations", "messages", "QnA")):
+            return True
+        turn = "from" in entry or "role" in entry
+        turns, records = turns + turn, records + (not turn and not entry.keys().isdisjoint(FIELDS))
+    return records > turns
 
 
 def _skip(text: str, position: int) -> int:
