@@ -215,3 +215,11 @@ def test_a_width_that_is_no_number_is_named(tmp_path):
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     [row] = read_entries(tmp_path / "coco.json")
     assert row.problem == "image 1: `width` is nan: give the picture's size in pixels, or neither of the two"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("order", ["utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"])
+def test_the_encoding_of_a_file_is_called_what_it_is(name, order, tmp_path):
+    (tmp_path / name).write_bytes(("\ufeff" + LINE.decode()).encode(order))
+    [fault] = validate(tmp_path / name)
+    assert (fault.kind, fault.line) == ("not_utf8", 1) and f"not UTF-8 but {order[:6].upper()}," in fault.message

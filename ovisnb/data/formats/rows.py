@@ -30,7 +30,7 @@ from ovisnb.data.files import LINES_SUFFIXES
 from ovisnb.data.record import FIELDS, Entry, Record, RecordError
 
 _BOM = b"\xef\xbb\xbf"
-_BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
+_BOMS_32, _BOMS_16 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), (b"\xff\xfe", b"\xfe\xff")
 _PARQUET = b"PAR1"
 _UNPACK = "unpack it, and give the data file in it"
 _ARROW = "an Arrow file", "write it as parquet (`to_parquet` of a Hugging Face data set)"
@@ -158,8 +158,8 @@ def _rows(path: Path, kind: str) -> Iterator[Row]:
         yield from parquet_rows(path)
         return
     with path.open("rb") as file:
-        if file.read(2) in _BOMS_16:
-            said = "not UTF-8 but UTF-16, by its first bytes: save the file as UTF-8"
+        if (head := file.read(4)) in _BOMS_32 or head.startswith(_BOMS_16):
+            said = f"not UTF-8 but UTF-{32 if head in _BOMS_32 else 16}, by its first bytes: save the file as UTF-8"
             yield Row(1, None, RecordError(said, kind="not_utf8"))
             return
         file.seek(0)
