@@ -145,6 +145,8 @@ def test_the_index_of_a_part_says_which_picture(tmp_path):
         ({"messages": [{"role": "boss", "content": "x"}]}, "the role 'boss': use system, user, assistant or tool"),
         ({"messages": [{"role": "user"}]}, "message 1 of `messages`: it is not of the form"),
         ({"messages": "x"}, "`messages` is a list of messages"),
+        ({"messages": None}, "`messages` is a list of messages"),
+        ({"query": None, "response": "a"}, "`query` is a list of messages"),
         ({"messages": []}, "the conversation has no turns"),
         ({"chosen": "a", "rejected": "b"}, "`chosen` is only an answer, and there is no `prompt` that it answers"),
         ({"prompt": "q", "chosen": 3}, "`chosen` is a list of messages"),

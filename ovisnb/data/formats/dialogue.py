@@ -94,6 +94,8 @@ def _messages(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
             return (answer,), _of(row[answer], answer)
         if prompt is None:
             raise RecordError("`chosen` is only an answer, and there is no `prompt` that it answers: give one")
+    if prompt is None:  # refused under the key that was given
+        _of(None, next((key for key in ("messages", *_QUESTIONS, "chosen", "texts") if key in row), asked))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if answer is None:
