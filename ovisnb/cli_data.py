@@ -57,6 +57,8 @@ def validate(arguments: argparse.Namespace) -> int:
     from ovisnb.data.checks.fix import clean_name, fix
     from ovisnb.data.checks.pictures import Pictures
     from ovisnb.data.files import wants_lines
+    from ovisnb.data.formats import reader_of
+    from ovisnb.data.record import RecordError
 
     out = None if arguments.fix is True else arguments.fix
     if out is not None:  # a name that will not do is refused before the work
@@ -67,9 +69,16 @@ def validate(arguments: argparse.Namespace) -> int:
         arguments.parser.error("--json and --fix name the same file: give one of them another name")
     options = _given(arguments, "max_length", "max_area", "against", "ignore", *_READING, *_LIMITS)
     folder = _folder(arguments)
+    if arguments.format:
+        reader_of(arguments.format)  # a format that is none is no fault of the file
     with Pictures(folder, max_area=arguments.max_area, contents=bool(arguments.against)) as pictures:
         options |= {"pictures": pictures, "processor": _processor(arguments.model)}
-        report = validate(arguments.file, folder, **options, progress=True)
+        try:
+            report = validate(arguments.file, folder, **options, progress=True)
+        except RecordError as error:
+            if arguments.json and arguments.file.is_file():  # else an earlier report stays, which may say all is well
+                _refused(arguments.file, error).write_json(arguments.json)
+            raise
         say(report.text(arguments.show))
         if arguments.json:
             report.write_json(arguments.json)
@@ -313,6 +322,16 @@ def _processor(model: str | None) -> Any:
     from ovisnb.paths import resolve_model
 
     return load_processor(resolve_model(model))
+
+
+def _refused(path: Path, error: Any) -> Any:
+    """The report of a file that a RecordError refuses as a whole."""
+    from ovisnb.data.checks.faults import Report
+
+    report = Report(str(path))
+    kind = "unknown_format" if error.kind == "wrong_form" else error.kind  # which is every error's own until it says
+    report.add(kind, error.record_id, None, str(error))
+    return report
 
 
 def _records(count: int) -> str:

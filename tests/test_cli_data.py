@@ -157,6 +157,21 @@ def test_json_replaces_nothing_but_an_earlier_report(bad, tmp_path, capsys):
     assert run(capsys, "stats", *good, "--json", report)[0] == 2
 
 
+@pytest.mark.parametrize("held", [b"", b"[]", b"\x1f\x8bxx", b"PAR1xxxxPAR1", b'{"a": {"meta_file": "none.json"}}'])
+def test_the_report_of_a_file_that_is_refused_holds_that_fault(held, tmp_path, capsys):
+    path, report = tmp_path / "data.json", tmp_path / "report.json"
+    path.write_bytes(held)
+    for earlier in ("[]", None):  # None: that of this very fault
+        report.write_text(earlier) if earlier else None
+        code, _, said = run(capsys, "validate", path, tmp_path, "--json", report, "--ignore", "unknown_format", "--fix")
+        [fault] = json.loads(report.read_text())
+        assert code == 1 and fault["message"] in said and said.count("\n") == 1
+        assert (fault["kind"], fault["id"], fault["line"]) == ("unknown_format", None, None)
+    report.write_text("[]")
+    for words in (["none.json"], [PHOTOS / "photos.json", PHOTOS, "--format", "none"]):  # mistakes of another sort
+        assert run(capsys, "validate", *words, "--json", report)[0] == 1 and report.read_text() == "[]"
+
+
 def test_two_outputs_are_two_files(bad, tmp_path, capsys):
     (tmp_path / "link").symlink_to(".")
     for fix in (["--fix", tmp_path / "bad_clean.jsonl"], ["--fix"]):
