@@ -39,7 +39,8 @@ def test_shares_are_no_pixels(check, entry, said):
     assert kinds(check(entry)) == ["unreadable_box"], check.report.text()
     [fault] = check.report
     assert "which are shares of a picture (normalised) rather than" in fault.message
-    assert f'say so ({said}: "normalised")' in fault.message
+    assert f'say so ({said}: "normalised") or correct it' in fault.message
+    assert ("in an annotation line write pixels" in fault.message) == (said == "`call_coordinates`")
 
 
 def test_the_hint_names_what_is_likely_first(check):

@@ -128,7 +128,8 @@ def box_faults(
     if flaw == "inverted_box":
         yield Found(flaw, f"is inverted: {written} has its second corner before its first")
     if said := boxes.misread(numbers, of):
-        yield Found("unreadable_box", f'{said}: say so (`{key}`: "normalised") or correct it')
+        there = "; in an annotation line write pixels" if key == "call_coordinates" else ""  # which has no such key
+        yield Found("unreadable_box", f'{said}: say so (`{key}`: "normalised") or correct it{there}')
         return
     if sizes is None:
         return
