@@ -64,6 +64,27 @@ def test_answers_without_answer_where_others_like_them_have_it(check, texts, lac
     assert check(*answers(*texts)) == [("missing_answer_tag", name) for name in lacking]
 
 
+def test_one_other_answer_is_no_answers(check):
+    for texts, expected in [
+        (
+            ("<think>a</think><answer>1</answer>", "<think>a</think>2"),
+            "1 other answer that thinks or calls tools has one",
+        ),
+        (("<answer>1</answer>", "2"), "1 other answer without thinking has one"),
+        (("<answer>1</answer>", "<answer>2</answer>", "3"), "2 other answers without thinking have one"),
+    ]:
+        check(*answers(*texts))
+        assert next(iter(check.report)).message.endswith(f", and {expected}")
+
+
+def test_pictures_of_the_other_splits_are_not_counted(tmp_path, pictures):
+    for name, images in (("train", ["good.png"]), ("test", ["good.png", "good.jpg", "words.jpg"])):
+        rows = [talk("<image>?", image=image, id=image) for image in images]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = validate(tmp_path / "train.jsonl", pictures, against=[tmp_path / "test.jsonl"])
+    assert (report.records, report.pictures) == (1, 1)
+
+
 def test_leaks_between_files_by_place_and_by_content(tmp_path, pictures):
     def file(name: str, *images: str) -> Path:
         path = tmp_path / name

@@ -75,6 +75,7 @@ def validate(
     looking = nullcontext(pictures) if pictures else Pictures(image_folder, max_area=max_area, contents=bool(against))
     with looking as looker, _bar(progress, Path(path).name) as bar:
         others = [(os.fspath(other), Others(contents(other, looker, format))) for other in against]
+        looker.recount()  # those of the other files are not of this one
         for source in sources:
             checker = _Checker(report, looker, others, source, control_pattern(processor))
             if processor is not None:

@@ -41,9 +41,14 @@ class Pictures:
     def __init__(self, image_folder: Folder = None, *, max_area: int | None = None, contents: bool = False):
         self.image_folder, self.max_area, self.contents = image_folder, max_area, contents
         self._pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1), "pictures")
-        self._known: OrderedDict[tuple, Future] = OrderedDict()
+        self._known: OrderedDict[tuple, tuple[Future, int]] = OrderedDict()  # with the `_round` that counted it last
         self._lock = threading.Lock()
-        self.count = 0
+        self.count = self._round = 0
+
+    def recount(self) -> None:
+        """Count from 0 the files that are looked at from now on, remembered ones too."""
+        with self._lock:
+            self.count, self._round = 0, self._round + 1
 
     def look(self, media: Media, folder: str | None = None) -> Future[Seen]:
         """Look at the whole picture or video behind `media`; `folder` is its data set's own image folder."""
@@ -55,11 +60,15 @@ class Pictures:
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
-                return self._known[key]
+                future, counted = self._known[key]
+                self.count += counted != self._round
+                self._known[key] = future, self._round
+                return future
             if len(self._known) >= REMEMBERED:
                 self._known.popitem(last=False)
             self.count += 1
-            future = self._known[key] = self._pool.submit(look, media, where, self.max_area, self.contents)
+            future = self._pool.submit(look, media, where, self.max_area, self.contents)
+            self._known[key] = future, self._round
             return future
 
     def __enter__(self) -> Self:
