@@ -322,3 +322,11 @@ def test_a_picture_in_a_column_of_another_name_is_not_left_out():
         assert record.images == [Media(path="a.jpg")]
     [record] = from_dataset([{"messages": talk("q", "a"), "hash": b"1234"}])
     assert record.images == []
+
+
+def test_a_developer_is_the_system(tmp_path):
+    turns = [("system", "Count."), ("human", "2 + 2?"), ("gpt", "4")]
+    first = {"role": "developer", "content": "Count."}
+    assert said(read(tmp_path, {"messages": [first, *talk("2 + 2?", "4")]})) == turns
+    assert said(read(tmp_path, {"conversations": [first, *talk("2 + 2?", "4")]})) == turns
+    assert "another system message" in refused(tmp_path, {"messages": [first, *talk("q", "a")], "system": "Be brief."})

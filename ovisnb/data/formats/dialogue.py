@@ -27,7 +27,7 @@ from ovisnb.data.record import Note, RecordError
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _ROLES = {"system": "system", "user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt", "model": "gpt"}
-_ROLES |= {"tool": "tool", "ignored_gpt": "ignored_gpt"}
+_ROLES |= {"developer": "system", "tool": "tool", "ignored_gpt": "ignored_gpt"}
 _SHARED, _ANSWERED = ("role", "content"), ("role", "content", "tool_calls", *THOUGHTS)
 _NAMES = {"from": "role", "value": "content"}
 _QUESTIONS = {"prompt": ("completion", "response"), "query": ("response",), "instruction": ("output",)}
