@@ -14,6 +14,7 @@ from ovisnb.data import RecordError, read_records
 from ovisnb.data.checks import validate
 from ovisnb.data.checks.fix import LEFT, clean_name, fix
 from ovisnb.data.checks.repair import repair
+from ovisnb.data.formats.parquet import write_parquet
 
 from .test_checks import box_of, talk
 from .test_checks_fuzz import GOOD, JSON, spots
@@ -175,9 +176,37 @@ def test_the_input_is_never_the_output(folder):
     assert clean_name("a/train.json").name == "train_clean.json" and clean_name("a/t.parquet").name == "t_clean.jsonl"
 
 
-def test_nothing_left_is_an_empty_copy(folder):
+def test_nothing_left_is_no_copy(folder):
     assert cleaned(folder, talk("Hi", ""), name="data.json") == []
-    assert json.loads(cleaned.fixed.path.read_text()) == []
+    assert not cleaned.fixed.path.exists()
+    assert "data_clean.json is not written: no record is left, 1 left out" in cleaned.fixed.text()
+    cleaned.fixed.path.write_text("earlier")
+    assert cleaned(folder, talk("Hi", ""), name="data.json") == []
+    assert cleaned.fixed.path.read_text() == "earlier"
+    assert "data_clean.json is not written, and what is there stays: no" in cleaned.fixed.text()
+
+
+def test_a_faulty_row_with_its_picture_in_it_is_left_out_and_a_good_one_refused(folder):
+    bad, good = ({"bytes": data, "path": None} for data in (b"none", (folder / "good.png").read_bytes()))
+    rows = [talk("Hi", "A.", id="a"), talk(image=bad, id="b"), talk("Hi", "", image=good, id="c")]
+    path = folder / "data.parquet"
+    write_parquet(rows, path)
+    fixed = fix(path, image_folder=folder)
+    assert [record.id for record in read_records(fixed.path)] == ["a"] and fixed.left_out.faulty == 2
+    found = [("placeholder_count", "c", 3), ("no_answer", "c", 3), ("unreadable_picture", "b", 2)]
+    assert said(fixed.left_out) == found
+    repairable = talk(image=good, id="d")
+    repairable["conversations"][0]["from"] = "user"
+    for entry in (talk(image=good, id="d"), repairable):
+        write_parquet([*rows, entry], path)
+        with pytest.raises(RecordError, match=r"data.parquet:4: pictures lie in the rows"):
+            fix(path, image_folder=folder)
+
+
+def test_a_record_left_out_as_another_names_that_one_as_the_input_does(folder):
+    rows = [talk("Hi", ""), talk("Ho", "a"), talk("Ho", "a", id="twice")]
+    assert len(cleaned(folder, *rows)) == 1
+    assert "the same as record 'data-1' of line 2: drop" in list(cleaned.fixed.left_out)[-1].message
 
 
 def test_ignored_kinds_stay(folder):

@@ -16,10 +16,11 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ovisnb.data.checks import validate
+from ovisnb.data.checks import _picture_faults, _place_faults, validate
 from ovisnb.data.checks.faults import Fault, Report, plain
 from ovisnb.data.checks.pictures import Pictures, number_of
 from ovisnb.data.checks.record import Checked, Found, check_entry
@@ -40,6 +41,7 @@ class Fixed:
     """What `fix` did; `repaired` and `left_out` list it by kind and id, with the lines of the input."""
 
     path: Path
+    """The cleaned copy, which is not written if no record is left."""
     records: int
     """Records in the cleaned copy."""
     repaired: Report
@@ -52,8 +54,11 @@ class Fixed:
     def text(self) -> str:
         """For a person; safe to print."""
         out = self.left_out.faulty
+        there = ", and what is there stays" if not self.records and self.path.exists() else ""
         written = f"{self.records:,} {'record' if self.records == 1 else 'records'} written"
         lines = [f"{plain(str(self.path))}: {written}, {self.repaired.faulty:,} of them repaired, {out:,} left out"]
+        if not self.records:
+            lines = [f"{plain(str(self.path))} is not written{there}: no record is left, {out:,} left out"]
         for title, report in (("repaired", self.repaired), ("left out", self.left_out), ("stays", self.remaining)):
             for line in report.listing(sentences=False):
                 lines.append(f"  {line}" if line.startswith(" ") else f"  {title}: {line}")
@@ -82,8 +87,9 @@ def fix(
 
     `format`, `template`, `pictures` and `options` are those of `validate`; kinds in `ignore` are neither repaired
     nor a reason to leave a record out.
+    Nothing is written if no record is left.
     Raises RecordError if `out` is the input itself or one of the files checked `against`, and for a file
-    whose pictures lie in its rows or in several folders: `ovisnb data convert` makes one of those first.
+    with a sound row that holds its picture, or of several folders: `ovisnb data convert` makes one of those first.
     """
     path, out = Path(path), clean_name(path) if out is None else Path(out)
     wants_lines(out)  # refuses a name that says nothing
@@ -106,13 +112,14 @@ def fix(
         remaining = Report(os.fspath(out), ignore)
         while work.lines:
             remaining = validate(copy, image_folder, ignore=ignore, pictures=looking, format="records", **options)
-            drop = work.drop(fault for fault in remaining if fault.kind not in LEFT)
+            drop = work.drop((fault for fault in remaining if fault.kind not in LEFT), copy.stem)
             if not drop:
                 remaining.file = os.fspath(out)
                 break
             write_rows(_entries(copy, drop), copy)  # it appears when all of it is written, so it may be read meanwhile
             remaining = Report(os.fspath(out), ignore)
-        write_rows(_entries(copy) if work.lines else (), out)
+        if work.lines:
+            write_rows(_entries(copy), out)
     repaired.faulty = sum(work.mended)
     return Fixed(out, len(work.lines), repaired, left_out, remaining)
 
@@ -142,6 +149,11 @@ class _Work:
                 continue
             checked = check_entry(row.entry, source=f"{self.path}:{row.line}", index=index)
             if any(picture.media.data is not None for picture in checked.pictures):
+                if faults := self._faults(row.entry, checked):
+                    self._leave_out(faults[0].kind, checked.name, row.line, faults[0].message)
+                    for found in faults[1:]:
+                        self.left_out.add(found.kind, checked.name, row.line, found.message)
+                    continue
                 raise RecordError(
                     f"{self.path}:{row.line}: pictures lie in the rows: write them as files first: "
                     "`ovisnb data convert IN OUT --pictures DIR`"
@@ -167,14 +179,26 @@ class _Work:
         self.left_out.add(kind, name, line, message)
         self.left_out.faulty += 1
 
-    def drop(self, faults: Iterable[Fault]) -> set[int]:
-        """The lines of the copy with these faults, which are left out from now on."""
+    def _faults(self, entry: dict, checked: Checked) -> list[Found]:
+        """What would still be wrong with an entry once it is repaired, for which it is left out."""
+        again = check_entry(self._repaired(entry, checked)[0])
+        seen = [(one, self.pictures.look(one.media, one.folder).result()) for one in again.pictures]
+        faults = chain(again.faults, _picture_faults(seen), _place_faults(again, seen))
+        return [found for found in faults if found.kind not in (*LEFT, *self.ignore)]
+
+    def drop(self, faults: Iterable[Fault], stem: str) -> set[int]:
+        """The lines of the copy, whose name is `stem`, with these faults: they are left out from now on."""
         lines = set()
         for fault in faults:
             lines.add(fault.line)
             at = fault.line - 1
             name = fault.id if self.unnamed[at] is None else f"{self.path.stem}-{self.unnamed[at]}"
-            said = fault.of_two and fault.of_two._replace(line=self.lines[fault.of_two.line - 1])
+            said = fault.of_two
+            if said:
+                other, before = said.line - 1, said.before
+                if self.unnamed[other] is not None:  # it has its name in the copy from the copy
+                    before = before.replace(repr(f"{stem}-{other}"), repr(f"{self.path.stem}-{self.unnamed[other]}"))
+                said = said._replace(before=before, line=self.lines[other])
             self.left_out.add(fault.kind, name, self.lines[at], said or fault.message)
         self.left_out.faulty += len(lines)
         self.lines = [line for at, line in enumerate(self.lines, 1) if at not in lines]
