@@ -134,9 +134,20 @@ class Cell {
   }
 }
 
-// While this element has the focus, keys are not JupyterLab's (where "d" "d" deletes the cell).
-function keepKeys(element) {
-  element.dataset.lmSuppressShortcuts = "true";
+// What JupyterLab is to hear from here too: Ctrl+S saves, Ctrl+Enter and Shift+Enter run the cell.
+function isShortcut({ ctrlKey, metaKey, altKey, shiftKey, key }) {
+  return ctrlKey || metaKey || altKey || (shiftKey && key === "Enter");
+}
+
+// While one of these elements has the focus, other keys are not JupyterLab's (where "d" "d" deletes the cell). It
+// listens at the document, before them, and passes over what has this attribute; the window hears keys before it.
+// Returns what ends that.
+function keepKeys(elements) {
+  const keep = (element, kept) => element.toggleAttribute("data-lm-suppress-shortcuts", kept);
+  const listener = (event) => elements.includes(event.target) && keep(event.target, !isShortcut(event));
+  for (const element of elements) keep(element, true);
+  window.addEventListener("keydown", listener, true);
+  return () => window.removeEventListener("keydown", listener, true);
 }
 
 function described({ token, run }) {
@@ -159,7 +170,6 @@ function render({ model, el }) {
     const label = make("label", switches);
     boxes[name] = Object.assign(make("input", label), { type: "checkbox", name });
     label.append(words);
-    keepKeys(boxes[name]);
     boxes[name].addEventListener("change", () => {
       model.set(name, boxes[name].checked);
       model.save_changes();
@@ -171,7 +181,7 @@ function render({ model, el }) {
 
   const body = make("div", root, "body");
   body.tabIndex = 0;
-  keepKeys(body);
+  const giveKeysBack = keepKeys([body, ...Object.values(boxes)]);
   body.setAttribute("role", "group");
   body.setAttribute("aria-label", "tokens: the arrow keys, Home and End walk along them");
   const order = [];
@@ -217,6 +227,7 @@ function render({ model, el }) {
     if (token) select(token);
   });
   body.addEventListener("keydown", (event) => {
+    if (isShortcut(event)) return;
     if (event.key === "Escape") {
       model.set("selected", null);
       model.save_changes();
@@ -274,7 +285,10 @@ function render({ model, el }) {
   for (const [name, listener] of Object.entries(follow)) model.on(name, listener);
   showSwitches();
   showSelected();
-  return () => Object.entries(follow).forEach(([name, listener]) => model.off(name, listener));
+  return () => {
+    giveKeysBack();
+    Object.entries(follow).forEach(([name, listener]) => model.off(name, listener));
+  };
 }
 
 export default { render };

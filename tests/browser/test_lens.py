@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,8 +51,9 @@ worst = MaskLens({evil: bad, 'broken': broken}, processor); worst""",
     "huge = MaskLens(small(chat('x' * 1_000_000, 'a' * 1_000_000)), processor); huge",
     "show_tokens(small(chat('x' * 1_000_000, 'a')), processor)",
     "lens",
+    "'the last cell'",
 )
-LENS, TWO, WORST, STATIC, STATIC_TWO, LONG, HUGE, HUGE_STATIC, AGAIN = range(1, 10)
+LENS, TWO, WORST, STATIC, STATIC_TWO, LONG, HUGE, HUGE_STATIC, AGAIN, LAST = range(1, 11)
 # the elements that the views make themselves
 OURS = {
     "div",
@@ -200,6 +204,46 @@ def test_the_switches_work_from_the_keyboard_and_the_notebook_does_not_hear_it(n
         notebook.becomes("lens.selected and lens.selected['position']", at)
     notebook.page.keyboard.type("ddab")  # commands of the notebook: delete the cell, insert one
     assert notebook.page.locator(".jp-Cell").count() == cells
+
+
+def test_after_a_click_shortcuts_are_jupyterlabs_and_plain_keys_are_not(notebook):
+    page, cell, path = notebook.page, notebook.cell(AGAIN), notebook.lab.folder / notebook.name
+    active, view = page.locator(".jp-mod-active"), ".ovisnb-lens:not([data-old]) "
+    cells = [(one.cell_type, one.source) for one in nbformat.read(path, 4).cells]
+
+    def saved():
+        """The cells in the file, once Ctrl+S has written it; JupyterLab passes over one while it still saves."""
+        before, until = path.stat().st_mtime_ns, time.monotonic() + 180
+        while time.monotonic() < until:
+            page.keyboard.press("Control+s")
+            page.wait_for_timeout(1000)
+            with suppress(ValueError):  # half written
+                if path.stat().st_mtime_ns != before:
+                    return [(one["cell_type"], "".join(one["source"])) for one in json.loads(path.read_text())["cells"]]
+        pytest.fail("Ctrl+S did not save the notebook")
+
+    def runs(keys: str):
+        """These keys, after a click, run the cell: a new view comes in place of the old one."""
+        cell.locator(view + ".token").first.click()
+        cell.locator(view + ".body:focus").wait_for()
+        cell.locator(".ovisnb-lens").evaluate("e => e.dataset.old = 1")
+        page.keyboard.press(keys)
+        cell.locator(view + ".token").first.wait_for()
+        notebook.wait_idle()
+
+    for clicked, focused in ((".token", ".body:focus"), ("[name=token_ids]", "[name=token_ids]:focus")):
+        cell.locator(view + clicked).first.click()
+        cell.locator(view + focused).wait_for()
+        cell.and_(active).wait_for()
+        for key in ("d", "d", "a", "b", "x", "m", "Shift+M", "ArrowDown", "ArrowUp", "Shift+ArrowDown", "Enter"):
+            page.keyboard.press(key)
+        assert saved() == cells  # what the keys before it did would be in the file
+        assert cell.locator(view + focused).count() == cell.and_(active).count() == 1
+        assert page.locator(".jp-Cell.jp-mod-selected").count() == 1
+    runs("Control+Enter")
+    cell.and_(active).wait_for()
+    runs("Shift+Enter")
+    notebook.cell(LAST).and_(active).wait_for()
 
 
 def test_python_moves_the_view(notebook, view):
