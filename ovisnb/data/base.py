@@ -24,7 +24,14 @@ Role = Literal["system", "human", "gpt", "ignored_gpt"]
 ROLES: tuple[str, ...] = get_args(Role)
 IMAGE, VIDEO = "<image>", "<video>"
 # What other formats call our roles: closer in meaning than anything spelling could tell.
-OTHER_NAMES = {"user": "human", "developer": "system", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
+OTHER_NAMES = {
+    "user": "human",
+    "assistant": "gpt",
+    "model": "gpt",
+    "bot": "gpt",
+    "chatgpt": "gpt",
+    "developer": "system",
+}
 # What marks an entry of `video` as a video file rather than a picture of one frame. Whether it is one that is read here
 # (MP4, MOV, MKV, WebM, AVI) its bytes say, and `ovisnb.data.containers`.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi")
