@@ -197,7 +197,7 @@ def line_rows(file: Iterable[bytes]) -> Iterator[Row]:
             yield Row(number, None, _broken(error))
             continue
         conversations = entry.get("conversations") if isinstance(entry, dict) else None
-        if isinstance(conversations, list) and _are_records(conversations):
+        if isinstance(conversations, list) and not _are_turns(conversations) and _are_records(conversations):
             yield from (Row(number, record) for record in conversations)  # the wrapped form, on one line
         else:
             yield Row(number, entry)
@@ -345,6 +345,11 @@ def _starts(text: str, position: int) -> Callable[[int], int | None]:
         return match and match.end() - 1
 
     return next_start
+
+
+def _are_turns(entries: list) -> bool:
+    """Whether both ends of a list are turns, which almost every line of a file answers at once."""
+    return bool(entries) and all(isinstance(entry, dict) and "from" in entry for entry in (entries[0], entries[-1]))
 
 
 def _are_records(entries: Iterable[Any]) -> bool:
