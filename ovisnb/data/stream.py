@@ -203,8 +203,6 @@ def _record(file: File, example: Example) -> Record:
 
 def _file(data_set: DataSet, image_folder: Folder, template: str | None) -> File:
     path, kind = data_set.path, kind_of(data_set.path)
-    if kind == "document" and tar.is_empty(path):
-        kind = "tar"
     if kind == "document":
         raise RecordError(
             f"{path} is no JSON lines, parquet or tar file, and others cannot be streamed: convert it to JSON lines, "

@@ -81,13 +81,6 @@ def samples(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
     return _samples(path, told.st_size, told.st_mtime_ns)
 
 
-def is_empty(path: Path) -> bool:
-    """Whether a file is a tar without members: nothing but its end, which does not tell what it is as headers do."""
-    with path.open("rb") as file:
-        end = file.read(tarfile.RECORDSIZE + 1)
-    return path.suffix.lower() == ".tar" and 2 * tarfile.BLOCKSIZE <= len(end) <= tarfile.RECORDSIZE and not any(end)
-
-
 def row(path: Path, sample: Sample, number: int) -> Row:
     """The row of a sample, its pictures by name; its line is `number`. A sample without text is an error."""
     try:
@@ -98,7 +91,7 @@ def row(path: Path, sample: Sample, number: int) -> Row:
 
 def tar_entries(path: Path, reader: Reader | None, options: Options) -> Iterator[Row]:
     """The samples of a tar as `read_entries` gives rows, with the bytes of their pictures; a line is their number."""
-    if not any(sample.text for sample in samples(path)):
+    if samples(path) and not any(sample.text for sample in samples(path)):
         raise RecordError(f"{path} is a tar without .json or .txt members: unpack it, and give the data file in it")
     for number, sample in enumerate(samples(path), start=1):
         for found in entries_of([row(path, sample, number)], reader, options):

@@ -236,3 +236,10 @@ def test_a_tar_whose_sizes_lead_back_ends(tmp_path):
     path.write_bytes(content)
     with pytest.raises(RecordError, match="is no tar file that can be read"):
         list(RecordStream(path))
+
+
+def test_an_empty_tar_is_a_tar_without_a_record(tmp_path):
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(RecordError, match=r"empty\.tar holds no record"):
+        read_records(tmp_path / "empty.tar")

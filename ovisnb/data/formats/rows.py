@@ -136,9 +136,16 @@ def kind_of(path: Path) -> str:
                 raise RecordError(f"{path} is {what}, by its first bytes: {advice}")
         if head.startswith(_PARQUET):
             return "parquet"
-        if head[257:262] == b"ustar":
+        if head[257:262] == b"ustar" or (path.suffix.lower() == ".tar" and _is_empty_tar(file)):
             return "tar"
         return "lines" if is_lines(file, path) else "document"
+
+
+def _is_empty_tar(file: BinaryIO) -> bool:
+    """Whether there is nothing but the end of a tar."""
+    end = file.read(10_241)  # 2 to 20 blocks of 512 bytes, all of them zeros (POSIX pax, "ustar Interchange Format")
+    file.seek(0)
+    return 1024 <= len(end) <= 10_240 and not any(end)
 
 
 def some(rows: Iterable[_T], path: Path) -> Iterator[_T]:
