@@ -104,8 +104,10 @@ def cut(files: Sequence[File]) -> list[Piece]:
     pieces: list[Piece] = []
     for number, file in enumerate(files):
         pieces += _CUT[file.kind](number, file, step)
-    times = FEWEST // max(len(pieces), 1)
-    return [finer for piece in pieces for finer in _finer(piece, times if _is_large(files[piece.file]) else 1)]
+    # those cut without a look at their rows; lines are cut by bytes, finely enough
+    large = {at for at, file in enumerate(files) if file.kind != "lines" and file.path.stat().st_size > SMALL}
+    times = max(FEWEST // max(len(pieces), 1), 1)
+    return [part for piece in pieces for part in _parts(piece, times if piece.file in large else 1)]
 
 
 def read_piece(file: File, piece: Piece, chance: Random) -> Iterator[Example]:
@@ -132,15 +134,10 @@ def with_line(source: str) -> str:
     return f"{path}:{lines}"
 
 
-def _is_large(file: File) -> bool:
-    """Whether it was cut without a look at its rows; lines are cut by bytes, finely enough."""
-    return file.kind != "lines" and file.path.stat().st_size > SMALL
-
-
-def _finer(piece: Piece, times: int) -> Iterator[Piece]:
-    """The piece in so many parts, or itself."""
-    for part in range(piece.part * times, (piece.part + 1) * times) if times > 1 else [piece.part]:
-        yield piece._replace(part=part, parts=piece.parts * max(times, 1))
+def _parts(piece: Piece, times: int) -> list[Piece]:
+    """The piece in so many parts."""
+    numbers = range(piece.part * times, (piece.part + 1) * times)
+    return [piece._replace(part=number, parts=piece.parts * times) for number in numbers]
 
 
 def _cut_lines(number: int, file: File, step: int) -> Iterator[Piece]:
