@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ovisnb.data.checks.faults import OfTwo, Report, plain
 from ovisnb.data.checks.pictures import Pictures, Seen
-from ovisnb.data.checks.record import CONTROL, Checked, Picture, box_faults, check_entry
+from ovisnb.data.checks.record import CONTROL, Checked, Found, Picture, box_faults, check_entry
 from ovisnb.data.checks.whole import Ledger, Others, digest
 from ovisnb.data.formats import Row, read_entries
 from ovisnb.data.formats.info import is_info, read_info
@@ -169,7 +169,7 @@ class _Checker:
         for said in checked.remarks:
             report.remark(checked.name, row.line, said, os.fspath(self.path))
         seen = [(picture, look.result()) for picture, look in looks]
-        for found in chain(checked.faults, _picture_faults(seen), _place_faults(checked, seen)):
+        for found in faults_of(checked, seen):
             self._add(found.kind, checked.name, row.line, found.message)
         if checked.name is not None:
             self._check_beside(row, checked, seen)
@@ -253,6 +253,11 @@ def control_pattern(processor=None) -> str:
     own = {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(list(processor.visual_ids.all))}
     own -= {"<image>", "<video>"}  # placeholders: what they stand for is written by the encoder
     return "|".join([*sorted(map(re.escape, filter(None, own)), key=len, reverse=True), CONTROL])
+
+
+def faults_of(checked: Checked, seen: list[tuple[Picture, Seen]]) -> Iterator[Found]:
+    """What is wrong with an entry by itself: its text, its pictures, and places in those."""
+    return chain(checked.faults, _picture_faults(seen), _place_faults(checked, seen))
 
 
 def _picture_faults(seen: list[tuple[Picture, Seen]]) -> Iterator:

@@ -16,11 +16,10 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ovisnb.data.checks import _picture_faults, _place_faults, validate
+from ovisnb.data.checks import faults_of, validate
 from ovisnb.data.checks.faults import Fault, Report, plain
 from ovisnb.data.checks.pictures import Pictures, number_of
 from ovisnb.data.checks.record import Checked, Found, check_entry
@@ -120,12 +119,23 @@ def fix(
             remaining = Report(os.fspath(out), ignore)
         if work.lines:
             write_rows(_entries(copy), out)
-    repaired.faulty = sum(work.mended)
+    repaired.faulty = sum(line.mended for line in work.lines)
     return Fixed(out, len(work.lines), repaired, left_out, remaining)
 
 
 def _entries(copy: Path, without: Collection[int] = ()) -> Iterator[dict[str, Any]]:
     return (row.entry for row in read_entries(copy, format="records") if row.line not in without)
+
+
+class _Line(NamedTuple):
+    """A line of the copy."""
+
+    source: int
+    """The line of the input that it was."""
+    mended: bool
+    """Whether something in it was repaired."""
+    unnamed: int | None
+    """The number in the input of a record without id."""
 
 
 class _Work:
@@ -134,9 +144,7 @@ class _Work:
     def __init__(self, path: Path, pictures: Pictures, repaired: Report, left_out: Report, ignore: tuple[str, ...]):
         self.path, self.pictures, self.ignore = path, pictures, ignore
         self.repaired, self.left_out = repaired, left_out
-        self.lines: list[int] = []
-        self.mended: list[bool] = []  # of each line of the copy, whether something in it was repaired
-        self.unnamed: list[int | None] = []  # of each line of the copy, the number in the input of a record without id
+        self.lines: list[_Line] = []
         self.ids: set[int] = set()
         self.near: set[int] = set()
 
@@ -170,9 +178,7 @@ class _Work:
                 continue
             for found in done:
                 self.repaired.add(found.kind, checked.name, row.line, found.message)
-            self.lines.append(row.line)
-            self.mended.append(bool(done))
-            self.unnamed.append(index if entry.get("id") is None else None)
+            self.lines.append(_Line(row.line, bool(done), index if entry.get("id") is None else None))
             yield entry
 
     def _leave_out(self, kind: str, name: str | None, line: int, message: str) -> None:
@@ -183,28 +189,28 @@ class _Work:
         """What would still be wrong with an entry once it is repaired, for which it is left out."""
         again = check_entry(self._repaired(entry, checked)[0])
         seen = [(one, self.pictures.look(one.media, one.folder).result()) for one in again.pictures]
-        faults = chain(again.faults, _picture_faults(seen), _place_faults(again, seen))
-        return [found for found in faults if found.kind not in (*LEFT, *self.ignore)]
+        return [found for found in faults_of(again, seen) if found.kind not in (*LEFT, *self.ignore)]
 
     def drop(self, faults: Iterable[Fault], stem: str) -> set[int]:
         """The lines of the copy, whose name is `stem`, with these faults: they are left out from now on."""
-        lines = set()
+        dropped = set()
         for fault in faults:
-            lines.add(fault.line)
-            at = fault.line - 1
-            name = fault.id if self.unnamed[at] is None else f"{self.path.stem}-{self.unnamed[at]}"
-            said = fault.of_two
+            dropped.add(fault.line)
+            line, said = self.lines[fault.line - 1], fault.of_two
+            name = fault.id if line.unnamed is None else self._name(line)
             if said:
-                other, before = said.line - 1, said.before
-                if self.unnamed[other] is not None:  # it has its name in the copy from the copy
-                    before = before.replace(repr(f"{stem}-{other}"), repr(f"{self.path.stem}-{self.unnamed[other]}"))
-                said = said._replace(before=before, line=self.lines[other])
-            self.left_out.add(fault.kind, name, self.lines[at], said or fault.message)
-        self.left_out.faulty += len(lines)
-        self.lines = [line for at, line in enumerate(self.lines, 1) if at not in lines]
-        self.mended = [mended for at, mended in enumerate(self.mended, 1) if at not in lines]
-        self.unnamed = [number for at, number in enumerate(self.unnamed, 1) if at not in lines]
-        return lines
+                other, before = self.lines[said.line - 1], said.before
+                if other.unnamed is not None:  # it has its name in the copy from the copy
+                    before = before.replace(repr(f"{stem}-{said.line - 1}"), repr(self._name(other)))
+                said = said._replace(before=before, line=other.source)
+            self.left_out.add(fault.kind, name, line.source, said or fault.message)
+        self.left_out.faulty += len(dropped)
+        self.lines = [line for at, line in enumerate(self.lines, 1) if at not in dropped]
+        return dropped
+
+    def _name(self, line: _Line) -> str:
+        """What the input calls a record without id."""
+        return f"{self.path.stem}-{line.unnamed}"
 
     def _repaired(self, entry: dict, checked: Checked) -> tuple[dict, list[Found]]:
         looks = [(one, self.pictures.look(one.media, one.folder).result().size) for one in checked.pictures]

@@ -104,13 +104,12 @@ class Ledger:
         total, tagged = self._answers.total(), sum(with_tag.values())
         found = {}
         for reasons in (False, True):
-            if with_tag[reasons]:
-                if with_tag[reasons] == 1:
-                    like = "that thinks or calls tools" if reasons else "without thinking"
-                    found[reasons] = f"1 other answer {like} has one"
-                else:
-                    like = "that think or call tools" if reasons else "without thinking"
-                    found[reasons] = f"{with_tag[reasons]:,} other answers {like} have one"
+            if with_tag[reasons] == 1:
+                like = "that thinks or calls tools" if reasons else "without thinking"
+                found[reasons] = f"1 other answer {like} has one"
+            elif with_tag[reasons]:
+                like = "that think or call tools" if reasons else "without thinking"
+                found[reasons] = f"{with_tag[reasons]:,} other answers {like} have one"
             elif tagged and tagged * 3 >= total * 2:
                 found[reasons] = f"{tagged:,} of the {total:,} answers have one"
         return {reasons: said for reasons, said in found.items() if self._answers[reasons, False]}
