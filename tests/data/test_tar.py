@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovisnb.data import open_image
+from ovisnb.data import open_image, read_records
 from ovisnb.data.record import Media, RecordError
 from ovisnb.data.stream import RecordStream
 from ovisnb.data.video import open_frames
