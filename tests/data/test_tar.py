@@ -242,4 +242,4 @@ def test_an_empty_tar_is_a_tar_without_a_record(tmp_path):
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     with pytest.raises(RecordError, match=r"empty\.tar holds no record"):
-        read_records(tmp_path / "empty.tar")
+        list(read_records(tmp_path / "empty.tar"))
