@@ -123,7 +123,8 @@ def notes_of(records: Any, most: int = 3) -> list[str]:
 
 
 def collate_samples(samples: list[Encoded]) -> dict[str, Any]:
-    """A batch for the model, and under "dropped" the sentences saying what truncation took from its samples."""
+    """A batch for the model, the samples' "ids", and "dropped": the sentences saying what truncation took from them."""
     batch = collate(samples)
+    batch["ids"] = [sample.id for sample in samples]
     batch["dropped"] = [f"Record {sample.id}: {sentence}" for sample in samples for sentence in sample.dropped]
     return batch
