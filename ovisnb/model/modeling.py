@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration import INDICATORS, Ovis2_5Config
+from .loss import LanguageHead, cross_entropy, mean_loss, summed_loss, supervised
 from .vision import Ovis2_5VisionModel
 
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -163,7 +164,7 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
     def __init__(self, config: Ovis2_5Config):
         super().__init__(config)
         self.model = Ovis2_5Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
         table = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is table)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -195,6 +196,9 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
         mm_token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        label_smoothing: float = 0.0,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Any batch in one forward: rows with no picture, one, many, a video, padded on either side.
@@ -206,12 +210,15 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
                 both in the order of the batch's placeholders. The same for videos.
             labels: int64 [batch, length], -100 where a token carries no loss.
             logits_to_keep: logits of the last so many positions only (0: all).
+            skip_logits: with labels, make the loss chunk by chunk and no logits; None: so it is in training mode.
+            label_smoothing: share of each target that is spread evenly over all words, as in F.cross_entropy.
+            num_items_in_batch: what the summed loss is divided by, as the Trainer gives it, in place of the
+                batch's supervised tokens.
 
-        Returns logits [batch, length or logits_to_keep, vocab_size] and, with labels, the mean cross-entropy over
-        supervised tokens in float32 (over `num_items_in_batch`, where the Trainer gives it).
+        Returns logits [batch, length or logits_to_keep, vocab_size], None where skipped, and, with labels, the mean
+        cross-entropy over supervised tokens in float32; it is 0 where no token is supervised.
         Raises ValueError, naming the sample, if placeholders and features do not match.
         """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -226,13 +233,19 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
-        loss = None
+        logits = loss = None
+        skips = labels is not None and (self.training if skip_logits is None else skip_logits)
+        if not skips:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
         if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            if skips or logits.shape[1] != hidden.shape[1]:
+                states, targets = supervised(hidden, labels)
+                total = summed_loss(self.lm_head, states, targets, label_smoothing, self.config.vocab_size)
+            else:
+                scores, targets = supervised(logits, labels)
+                total = cross_entropy(scores, targets, label_smoothing)
+            loss = mean_loss(total, len(targets), num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
