@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration import INDICATORS, Ovis2_5Config
 from .loss import LanguageHead, cross_entropy, mean_loss, summed_loss, supervised
+from .packed import prepare_packed, rows_of
 from .vision import Ovis2_5VisionModel
 
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -66,17 +67,19 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
 
     def get_visual_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Embeddings [visual tokens, hidden_size] of pictures or videos, one behind the other."""
-        words = self.vision_tower(pixel_values.to(self.vision_tower.dtype), grid_thw).pooler_output
-        return self.visual_embeddings_table(words)
+        tower, table = self.vision_tower, self.visual_embeddings_table
+        return tower(pixel_values.to(tower.dtype), grid_thw, table=table).pooler_output
 
-    def embed(self, input_ids: torch.Tensor, media: list[Medium]) -> torch.Tensor:
-        """Text embeddings [batch, length, hidden] with every visual placeholder row replaced."""
+    def embed(self, input_ids: torch.Tensor, media: list[Medium], cu_seq_lens=None) -> torch.Tensor:
+        """Text embeddings [batch, length, hidden] with every visual placeholder row replaced; `cu_seq_lens` of a
+        packed row, int32 [samples + 1], let an error name the sample."""
         embeds = self.get_input_embeddings()(input_ids)
         config = self.config
         atoms = input_ids == config.image_token_id
         # a placeholder without its pixels must not pass for a text
         if any(medium.pixel_values is not None for medium in media) or holds_placeholders(input_ids, config):
-            check_placeholders(input_ids, atoms, media, config)
+            rows = input_ids if cu_seq_lens is None else rows_of(input_ids, cu_seq_lens)
+            check_placeholders(rows, rows == config.image_token_id, media, config)
             features = self.media_features(media)
             video_start, video_end = config.video_start_token_id, config.video_end_token_id
             depth = (input_ids == video_start).long() - (input_ids == video_end).long()
@@ -143,8 +146,16 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
                 "video", config.video_start_token_id, config.video_end_token_id, pixel_values_videos, video_grid_thw
             ),
         ]
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None:
+            row = input_ids if inputs_embeds is None else inputs_embeds
+            if attention_mask is not None or past_key_values is not None or position_ids is None:
+                raise ValueError(
+                    "A packed row comes with position_ids, and without attention_mask and past_key_values."
+                )
+            attention_mask, kwargs = prepare_packed(self.language_model, row, kwargs)
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, media)
+            inputs_embeds = self.embed(input_ids, media, cu_seq_lens)
         elif any(medium.pixel_values is not None for medium in media):
             raise ValueError("Pictures are placed by the placeholders in input_ids; pass input_ids, not inputs_embeds.")
         new_prompt = past_key_values is None or past_key_values.get_seq_length() == 0
@@ -209,6 +220,8 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             pixel_values: [patches of all images, 3*tp*patch**2]; image_grid_thw: int64 [images, 3] in patches,
                 both in the order of the batch's placeholders. The same for videos.
             labels: int64 [batch, length], -100 where a token carries no loss.
+            position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of samples packed into one row
+                without padding, as `ovisnb.chat.collate(samples, packed=True)` gives them; no attention_mask then.
             logits_to_keep: logits of the last so many positions only (0: all).
             skip_logits: with labels, make the loss chunk by chunk and no logits; None: so it is in training mode.
             label_smoothing: share of each target that is spread evenly over all words, as in F.cross_entropy.

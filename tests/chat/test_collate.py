@@ -63,6 +63,43 @@ def test_the_model_sees_a_batch_as_it_sees_singles(side, golden, golden_processo
             torch.testing.assert_close(together[row][mask], alone, atol=1e-4, rtol=1e-4)
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(chosen=st.lists(records(), min_size=1, max_size=4))
+def test_a_packed_row_is_its_samples_one_behind_another(chosen, golden_processor):
+    samples = []
+    for record in chosen:
+        try:
+            samples.append(encode(record, golden_processor, **LIMITS))
+        except EncodeError:
+            continue
+    if not samples:
+        return
+    row, padded = collate(samples, packed=True), collate(samples)
+    lengths = [len(sample) for sample in samples]
+    ends = row["cu_seq_lens_q"]
+    assert ends.dtype == torch.int32 and torch.equal(ends, row["cu_seq_lens_k"])
+    assert ends.diff().tolist() == lengths and row["max_length_q"] == row["max_length_k"] == max(lengths)
+    assert "attention_mask" not in row and row["input_ids"].shape == row["labels"].shape == (1, sum(lengths))
+    assert row["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
+    for sample, start in zip(samples, ends.tolist(), strict=False):
+        place = slice(start, start + len(sample))
+        assert torch.equal(row["input_ids"][0, place], sample.input_ids)
+        assert row["labels"][0, start] == IGNORE_INDEX
+        assert torch.equal(row["labels"][0, place][1:], sample.labels[1:])
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        assert (name in row) == (name in padded) and (name not in row or torch.equal(row[name], padded[name]))
+
+
+def test_the_first_label_of_a_packed_sample_is_not_predicted_by_the_one_before(golden_processor):
+    sample = encode({"conversations": [{"from": "gpt", "value": "a"}]}, golden_processor)
+    sample.labels[0] = sample.input_ids[0]
+    row = collate([sample, sample], packed=True)
+    assert row["labels"][0, [0, len(sample)]].tolist() == [IGNORE_INDEX] * 2 and sample.labels[0] != IGNORE_INDEX
+    sample.input_ids = sample.labels = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="has no token"):
+        collate([sample], packed=True)
+
+
 def test_no_samples_and_no_such_side(golden_processor):
     with pytest.raises(ValueError, match="empty list"):
         collate([])
