@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .configuration import INDICATORS, Ovis2_5VisionConfig
+from .loss import calls_are_counted, rows_at_once
 
 
 class Segments:
@@ -232,8 +234,14 @@ class Ovis2_5VisionEncoder(nn.Module):
         windowed = [config.windowed(index) for index in range(len(self.layers))]
         frames = frame_segments(grids, device)
         windows = window_segments(grids, config, device) if any(windowed) else None
+        grad, below = torch.is_grad_enabled(), hidden.requires_grad
         for layer, within in zip(self.layers, windowed, strict=True):
-            hidden = layer(hidden, windows if within else frames, rotary)
+            if grad and not below and trains(layer):
+                below = True
+                if layer.gradient_checkpointing:
+                    hidden.requires_grad_()  # or reentrant checkpointing gives the layer no gradient
+            with torch.set_grad_enabled(grad and below):  # nothing is kept of what lies below all that trains
+                hidden = layer(hidden, windows if within else frames, rotary)
         return hidden
 
 
@@ -259,7 +267,16 @@ class Ovis2_5VisionTransformer(nn.Module):
         self.post_layernorm = Ovis2_5UnreadNorm(config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
-        return self.encoder(self.embeddings(pixel_values, grids), grids)
+        below = torch.is_grad_enabled() and (pixel_values.requires_grad or trains(self.embeddings))
+        with torch.set_grad_enabled(below):
+            hidden = self.embeddings(pixel_values, grids)
+        # enable_input_require_grads marks the patches as trained, and with them all that is frozen above
+        return self.encoder(hidden if below else hidden.detach(), grids)
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any of its parameters does."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class Ovis2_5VisionModel(PreTrainedModel):
@@ -285,11 +302,15 @@ class Ovis2_5VisionModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.embeddings.patch_embedding
 
-    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, table: nn.Module | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """pixel_values [patches, 3*tp*patch**2], grid_thw int64 [media, 3] in patches.
 
         Returns `last_hidden_state` [patches, hidden_size] and `pooler_output` [visual tokens, vocab_size - 4],
-        probabilities whose softmax was taken in float32. ValueError if patches and grids differ.
+        probabilities whose softmax was taken in float32; with the table of visual words, `pooler_output` is what the
+        table makes of them, [visual tokens, its width], and the probabilities exist for one chunk of visual tokens
+        at a time, in backward too. ValueError if patches and grids differ.
         """
         grids = grid_thw.tolist()
         asked = sum(t * h * w for t, h, w in grids)
@@ -299,6 +320,24 @@ class Ovis2_5VisionModel(PreTrainedModel):
                 "pixel_values and the grid that the processor made together."
             )
         hidden = self.transformer(pixel_values, grids)
-        logits = self.head_norm(self.head_linear(hidden.view(-1, hidden.shape[-1] * self.config.hidden_stride**2)))
-        words = torch.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=words)
+        merged = hidden.view(-1, hidden.shape[-1] * self.config.hidden_stride**2)
+        pooled = self.words(merged) if table is None else self.embedded_words(merged, table)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+    def words(self, merged: torch.Tensor) -> torch.Tensor:
+        """Probabilities [visual tokens, words] of merged patches [visual tokens, stride**2 * hidden_size]."""
+        logits = self.head_norm(self.head_linear(merged))
+        return torch.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype)
+
+    def embedded_words(self, merged: torch.Tensor, table: nn.Module) -> torch.Tensor:
+        """`table` of `words`, chunk by chunk, and made again in backward; in one chunk where every rank must call
+        the head and the table equally often."""
+        below = merged.requires_grad or any(trains(part) for part in (self.head_linear, self.head_norm, table))
+        one_call = calls_are_counted(self.head_linear, self.head_norm, table)
+        rows = len(merged) if one_call else rows_at_once(self.head_linear.out_features)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and below):
+            pieces = [
+                checkpoint(lambda piece: table(self.words(piece)), piece, use_reentrant=False)
+                for piece in merged.split(rows)
+            ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
