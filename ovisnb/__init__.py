@@ -7,8 +7,12 @@ room on first use, so that `import ovisnb` and `ovisnb --help` answer at once.
 from __future__ import annotations
 
 import importlib
+import logging
 
 __version__ = "0.1.0"
+
+# On some CPUs bitsandbytes says while it is imported that a faster kernel, which nothing here asks for, is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # public name -> the module that defines it
 _HOMES = {

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
+from .adapters import ADAPTER_CONFIG, adapter_files, is_quantized, open_adapter, quantized, write_adapter
 from .configuration import Ovis2_5Config
+from .files import CheckpointError, find_file, first_line, read_json
 from .image_processing import Ovis2_5ImageProcessor
 from .modeling import Ovis2_5ForConditionalGeneration
 from .processing import VISUAL_TOKENS, Ovis2_5Processor
 from .released import RELEASED_TO_NATIVE, native_config, write_released
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # What a checkpoint is made of, in either layout and by any transformers; everything else in a folder is its owner's.
 CHECKPOINT_FILES = (
@@ -35,11 +39,9 @@ CHECKPOINT_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.*",
+    "adapter_*.json",
+    "adapter_model*.safetensors",
 )
-
-
-class CheckpointError(ValueError):
-    """A path or hub id that is not a checkpoint that can be opened."""
 
 
 def load(
@@ -47,17 +49,31 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
-) -> tuple[Ovis2_5ForConditionalGeneration, Ovis2_5Processor]:
-    """Model (in evaluation mode) and processor of a native folder, a released-layout folder or a hub id.
+    quantization: str | BitsAndBytesConfig | None = None,
+    base_model: str | os.PathLike | None = None,
+) -> tuple[Ovis2_5ForConditionalGeneration | PeftModel, Ovis2_5Processor]:
+    """Model (in evaluation mode) and processor of a native folder, a released-layout folder, an adapter folder or a
+    hub id of one of these.
 
     Args:
         dtype: of the weights; None keeps the checkpoint's own.
         device: None means the CPU.
         attn_implementation: "sdpa" (default), "eager" or "flash_attention_2" (needs the flash-attn package).
+        quantization: "4bit" (NF4) or a BitsAndBytesConfig opens the linear layers in so many bits; both embedding
+            tables, lm_head and the visual head stay whole, in `dtype`.
+        base_model: of an adapter folder, the base to open it over, in place of the one that it names.
 
+    An adapter folder gives a PeftModel: the base with the adapter over it, not merged (`ovisnb merge` does that).
     Never runs Python from the folder and never unpickles. Raises CheckpointError if there is no Ovis2.5
     checkpoint, or if its tensors are not exactly the model's.
     """
+    if adapter := adapter_files(path_or_id):
+        model, processor = load(adapter.base(base_model), dtype, device, attn_implementation, quantization)
+        if adapter.has_processor:
+            processor = load_processor(path_or_id, base_model)
+        return open_adapter(model, adapter).eval(), processor
+    if base_model is not None:
+        raise CheckpointError(f"{path_or_id} is no adapter folder, so there is no use for base_model {base_model}.")
     raw, config = read_config(path_or_id)
     released = "llm_config" in raw
     processor = load_processor(path_or_id)
@@ -67,6 +83,10 @@ def load(
         config.image_start_token_id, config.image_end_token_id = ids.image_start, ids.image_end
         config.video_start_token_id, config.video_end_token_id = ids.video_start, ids.video_end
     check_token_ids(path_or_id, config, processor)
+    dtype = "auto" if dtype is None else torch_dtype(dtype)
+    options = {}
+    if quantization is not None:
+        options = quantized(quantization, config.dtype if dtype == "auto" else dtype, device)
     try:
         with quiet():
             model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
@@ -74,19 +94,24 @@ def load(
                 config=config,
                 key_mapping=RELEASED_TO_NATIVE if released else None,
                 use_safetensors=True,
-                dtype="auto" if dtype is None else torch_dtype(dtype),
+                dtype=dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 trust_remote_code=False,
+                **options,
             )
     except ImportError as error:
+        if options:
+            raise CheckpointError(
+                f"quantization {quantization!r} cannot be done here ({first_line(error)}); load without it."
+            ) from error
         raise CheckpointError(
-            f"attn_implementation {attn_implementation!r} needs a package that is not here ({_first_line(error)}); install "
+            f"attn_implementation {attn_implementation!r} needs a package that is not here ({first_line(error)}); install "
             "ovisnb[gpu], or use 'sdpa'."
         ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path_or_id} has no readable safetensors weights ({_first_line(error)}); convert .bin files to safetensors "
+            f"{path_or_id} has no readable safetensors weights ({first_line(error)}); convert .bin files to safetensors "
             "with a tool you trust, or copy the folder again."
         ) from error
     except ValueError as error:
@@ -97,7 +122,7 @@ def load(
         raise
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path_or_id}: the weights do not fit config.json ({_first_line(error)}); both must come from one checkpoint."
+            f"{path_or_id}: the weights do not fit config.json ({first_line(error)}); both must come from one checkpoint."
         ) from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names and kind != "error_msgs"}
     if wrong:
@@ -106,7 +131,7 @@ def load(
     # The names were translated once, on the way in; saving writes native names.
     model._weight_conversions = None
     model.generation_config = generation_defaults(read_json(path_or_id, "generation_config.json"), processor.tokenizer)
-    if device is not None:
+    if device is not None and not options:
         model.to(device)
     return model.eval(), processor
 
@@ -133,9 +158,12 @@ def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def load_processor(path_or_id: str | os.PathLike) -> Ovis2_5Processor:
-    """The processor alone, without touching the weights. Raises CheckpointError as `load` does."""
-    raw, config = read_config(path_or_id)
+def load_processor(path_or_id: str | os.PathLike, base_model: str | os.PathLike | None = None) -> Ovis2_5Processor:
+    """The processor alone, without touching the weights; `base_model` and what is raised are as for `load`."""
+    adapter = adapter_files(path_or_id)
+    if adapter and not adapter.has_processor:
+        return load_processor(adapter.base(base_model))
+    raw, config = read_config(adapter.base(base_model) if adapter else path_or_id)
     tokenizer = load_tokenizer(path_or_id, config)
     add_visual_tokens(tokenizer)
     vision = config.vision_config
@@ -153,12 +181,17 @@ def load_processor(path_or_id: str | os.PathLike) -> Ovis2_5Processor:
     )
     # The released template gives the same ids as ours but is not ours to run; a native folder keeps its own.
     template = None
-    if "llm_config" not in raw and (file := find_file(path_or_id, "chat_template.jinja")):
+    if ("llm_config" not in raw or adapter) and (file := find_file(path_or_id, "chat_template.jinja")):
         template = Path(file).read_text(encoding="utf-8")
     return Ovis2_5Processor(image_processor, tokenizer, chat_template=template)
 
 
-def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, path, layout: str = "native") -> Path:
+def save(
+    model: Ovis2_5ForConditionalGeneration | PeftModel,
+    processor: Ovis2_5Processor,
+    path: str | os.PathLike,
+    layout: str = "native",
+) -> Path:
     """Write a checkpoint folder, which appears whole or not at all; an existing checkpoint there is replaced.
 
     Files of yours in that folder (a README, a curve) stay.
@@ -167,19 +200,28 @@ def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, pa
         layout: "native" for transformers, "released" for the released remote code, vLLM and ms-swift. The released
             config.json refers to the remote code where it was published; none is copied into the folder.
 
-    Raises ValueError for another layout, or for a released layout of a language model that is not Qwen3.
+    A PeftModel gives an adapter folder: the adapter and the processor, not the base.
+    Raises ValueError for another layout, or for a released layout of an adapter, of a quantized model, or of a
+    language model that is not Qwen3.
     """
     if layout not in ("native", "released"):
         raise ValueError(f"layout {layout!r} is not 'native' or 'released'.")
+    adapter = not isinstance(model, PreTrainedModel)
+    if layout == "released" and adapter:
+        raise ValueError("The released layout holds no adapter; merge it with ovisnb merge.")
+    if layout == "released" and is_quantized(model):
+        raise ValueError("The released layout holds no 4-bit or 8-bit weights; load the model without quantization.")
     path = Path(path)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").exists() and any(path.iterdir())):
+    if path.is_file() or (path.is_dir() and not is_checkpoint(path) and any(path.iterdir())):
         kind = "is a file" if path.is_file() else "holds files but no checkpoint"
         raise ValueError(f"{path} {kind}; choose an empty or a new folder.")
     target = path.resolve()  # through a link, the folder behind it
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         whole, old = Path(scratch) / "new", Path(scratch) / "old"
-        if layout == "released":
+        if adapter:
+            write_adapter(model, processor, whole)
+        elif layout == "released":
             write_released(model, processor, whole)
         else:
             model.save_pretrained(whole)
@@ -198,6 +240,11 @@ def save(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, pa
             if not any(file.match(pattern) for pattern in CHECKPOINT_FILES):
                 os.replace(file, target / file.name)
     return path
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter, of whatever kind."""
+    return (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists()
 
 
 def read_config(path_or_id) -> tuple[dict, Ovis2_5Config]:
@@ -222,39 +269,12 @@ def read_config(path_or_id) -> tuple[dict, Ovis2_5Config]:
     return raw, Ovis2_5Config(**{key: value for key, value in raw.items() if key != "auto_map"})
 
 
-def find_file(path_or_id, name: str) -> str | None:
-    """Local path of a checkpoint's file, fetched from the hub for a hub id; None if it is not there."""
-    if os.path.isdir(path_or_id):
-        file = os.path.join(path_or_id, name)
-        return file if os.path.isfile(file) else None
-    try:
-        return cached_file(str(path_or_id), name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path_or_id} is neither a folder nor a hub id that can be read ({_first_line(error)})."
-        ) from error
-
-
-def read_json(path_or_id, name: str) -> dict:
-    """A checkpoint's JSON file as a dict, empty if there is none."""
-    file = find_file(path_or_id, name)
-    if file is None:
-        return {}
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON ({_first_line(error)}); copy the file again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, not a JSON object; copy the file again.")
-    return content
-
-
 def load_tokenizer(path_or_id, config: Ovis2_5Config) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, of the kind that the language model's config asks for."""
     try:
         return AutoTokenizer.from_pretrained(path_or_id, config=config.text_config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path_or_id} has no tokenizer that can be read ({_first_line(error)}).") from error
+        raise CheckpointError(f"{path_or_id} has no tokenizer that can be read ({first_line(error)}).") from error
 
 
 def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -285,8 +305,3 @@ def generation_defaults(saved: dict, tokenizer) -> GenerationConfig:
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     return generation
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
