@@ -5,23 +5,39 @@ from __future__ import annotations
 import torch
 from transformers import TrainingArguments
 
+from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
+from ovisnb.train.distributed import check_world
 from ovisnb.train.settings import Settings, SettingsError
+
+# Of the same name as Trainer's, but done by us: the model's own loss smooths labels.
+OURS = {"label_smoothing_factor", "fsdp"}
 
 
 def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments:
     """TrainingArguments of transformers 5.17 to 5.23; raises SettingsError for what this machine cannot do."""
+    if settings.stage in ("grpo", "both"):
+        raise SettingsError(f'stage "{settings.stage}" cannot run yet: R-GRPO is not in this version; use stage sft.')
+    if not evaluates:
+        for name in ("early_stopping_patience", "load_best_model_at_end", "eval_on_start", "eval_steps"):
+            if getattr(settings, name):
+                raise SettingsError(f"{name} needs evaluation data: give eval_data_path, or remove it.")
     on_gpu = torch.cuda.is_available()
     if settings.fp16 and not on_gpu:
         raise SettingsError("fp16 needs a GPU: use bf16, or neither.")
+    world = check_world(settings)
+    fsdp = wants_fsdp(settings)
     known = TrainingArguments.__dataclass_fields__
     # a setting with a name of transformers' means what it means there
-    same = settings.model_dump(exclude={"gradient_checkpointing", "warmup_ratio"})
+    same = settings.model_dump(exclude={"gradient_checkpointing", "warmup_ratio", *OURS})
     values = {name: value for name, value in same.items() if name in known}
     # renamed in 5.20; the old name warns there
     renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     reporters = [name for name in settings.report_to.split(",") if name not in ("none", "tensorboard")]
     values |= {
-        renamed: settings.gradient_checkpointing,
+        renamed: settings.gradient_checkpointing and not fsdp,  # FSDP recomputes within its own units
+        "deepspeed": deepspeed_config(settings, world),
+        "fsdp": fsdp,
+        "fsdp_config": fsdp_config(settings) if fsdp else None,
         "warmup_steps": settings.warmup_ratio or settings.warmup_steps,  # a share of the steps when below one
         "per_device_eval_batch_size": settings.per_device_eval_batch_size or settings.per_device_train_batch_size,
         # bfloat16 on the CPU asks for it in so many words
@@ -30,9 +46,11 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         "dataloader_pin_memory": on_gpu,
         # the filter waits for the GPU in every step, and hides what MetricsFile stops the run for
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_strategy": (settings.save_strategy or "steps") if settings.saves else "no",
         "save_steps": settings.save_steps or 500,
-        "eval_strategy": "no" if not evaluates else "steps" if settings.eval_steps else "epoch",
+        "eval_strategy": "no"
+        if not evaluates
+        else settings.eval_strategy or ("steps" if settings.eval_steps else "epoch"),
         "report_to": reporters or "none",
         "remove_unused_columns": False,
         "disable_tqdm": True,

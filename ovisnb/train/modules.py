@@ -16,6 +16,13 @@ PREFIXES = {
 }
 
 
+def prefixes(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name of train_modules but "all" as prefixes of this model's parameter names."""
+    blocks = len(model.model.vision_tower.transformer.encoder.layers)
+    last = f"model.vision_tower.transformer.encoder.layers.{blocks - 1}."
+    return PREFIXES | {"visual_tokenizer.vit.last_block": (last,)}
+
+
 def freeze(model: nn.Module, settings: Settings) -> dict[str, int]:
     """Set `requires_grad` of every parameter as train_modules, freeze_llm and freeze_vision_tower say.
 
@@ -28,15 +35,15 @@ def freeze(model: nn.Module, settings: Settings) -> dict[str, int]:
         if on
     ]
     counts = dict.fromkeys(("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte"), 0)
+    places = prefixes(model)
     for name, parameter in model.named_parameters():
-        chosen = "all" in settings.trained or any(name.startswith(PREFIXES[part]) for part in settings.trained)
-        parameter.requires_grad_(chosen and not any(name.startswith(PREFIXES[part]) for part in frozen))
+        chosen = "all" in settings.trained or any(name.startswith(places[part]) for part in settings.trained)
+        parameter.requires_grad_(chosen and not any(name.startswith(places[part]) for part in frozen))
         if parameter.requires_grad:
             for part in counts:
-                counts[part] += parameter.numel() * name.startswith(PREFIXES[part])
+                counts[part] += parameter.numel() * name.startswith(places[part])
     if not any(counts.values()):
         raise SettingsError(
-            f'Nothing is left to train: train_modules is "{settings.train_modules}" '
-            f"and {' and '.join(frozen)} is frozen."
+            f'Nothing is left to train: train_modules is "{settings.modules}" and {" and ".join(frozen)} is frozen.'
         )
     return counts
