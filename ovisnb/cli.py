@@ -14,10 +14,12 @@ a mistake in the command line is exit code 2; a traceback means a fault of ours.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with printing():
                 print(end="", flush=True)  # what still waits: an error is shown now, not where Python ends
     except KeyboardInterrupt as stop:
-        print("ovisnb: stopped", file=sys.stderr)
-        return stop.args[0] if stop.args else 130
+        code, sentence = (*stop.args, 130, "stopped")[:2] if len(stop.args) != 1 else (stop.args[0], "stopped")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ovisnb: {sentence}", file=sys.stderr)
+        return code
     except (ValueError, OSError, FloatingPointError) as error:
         if not _is_meant(error):
             raise
@@ -64,12 +68,25 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def train(words: Sequence[str]) -> int:
-    """Fine-tune as a settings file and flags say, and print the run folder."""
+    """Fine-tune as a settings file and flags say, and print the run folder; one process, or one of a launcher's."""
     from ovisnb.train import Settings, run_sft
 
-    settings = Settings.from_args(words)
-    say(run_sft(settings))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _member():
+            say(run_sft(Settings.from_args(words)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _member() -> AbstractContextManager:
+    """What a process that a launcher started keeps to: see `ovisnb.train.distributed.member`."""
+    if "RANK" not in os.environ:
+        return nullcontext()
+    from ovisnb.train.distributed import member
+
+    return member()
 
 
 def infer(arguments: argparse.Namespace) -> int:

@@ -32,9 +32,9 @@ def wanted_deepspeed(settings: Settings) -> str | None:
         return settings.deepspeed
     if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         return file
-    name = f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     devices = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") for part in ("OPTIMIZER", "PARAM")}
-    return name + ("_offload" if "cpu" in devices else "")
+    return f"zero{stage}" + ("_offload" if "cpu" in devices else "")
 
 
 def wants_fsdp(settings: Settings) -> bool:

@@ -7,6 +7,7 @@ Trainer has wrapped it.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import signal
@@ -14,8 +15,10 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,13 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from ovisnb.train.configs import deepspeed_config, wanted_deepspeed, wants_fsdp
 from ovisnb.train.settings import Settings, SettingsError
 
+# What a launcher writes into a run folder before the run begins.
+LAUNCHED = frozenset({"launch.json", "launch_settings.json", "log.txt", "exit.json"})
 SAME_SIGNAL = 2.0  # seconds in which a signal that comes again is the same one, sent on by a launcher
 _blocked_in_children: set[int] = set()
 
@@ -36,13 +42,9 @@ class Stopped(KeyboardInterrupt):
     """A run that was asked to stop and did, with a checkpoint; arguments: exit code (130 or 143) and a sentence."""
 
 
-class OtherRankFailed(RuntimeError):
-    """What a rank ends with when another one has failed and said why."""
-
-
 def rank() -> int:
     """This process's number among all of the run, also before a process group is there."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", "0"))
 
 
 def check_world(settings: Settings) -> int:
@@ -50,7 +52,7 @@ def check_world(settings: Settings) -> int:
 
     A process that no launcher started becomes a world of one for DeepSpeed, which knows no other way.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise SettingsError(
             "accelerate launch was told several processes and started one, as it does with --cpu: "
@@ -83,6 +85,7 @@ def check_world(settings: Settings) -> int:
             port = free.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in alone.items()})
+        atexit.register(finish)
     return world
 
 
@@ -91,7 +94,7 @@ def check_wrapper(trainer: Trainer, settings: Settings) -> str:
 
     Raises SettingsError unless the number of processes and the wrapper are those that the settings ask for.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     wrapped = trainer.model_wrapped
     wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile
     name, found = type(wrapped).__name__, distributed.get_world_size() if distributed.is_initialized() else 1
@@ -178,7 +181,7 @@ class CleanStop(TrainerCallback):
         before = {number: signal.signal(number, come) for number in taken}
         _blocked_in_children.update(taken)
         try:
-            with _ends_at_once(taken) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else _nothing():
+            with _ends_at_once(taken) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext():
                 yield
         finally:
             _blocked_in_children.clear()
@@ -218,11 +221,6 @@ def _ends_at_once(taken: tuple[int, ...]) -> Iterator[None]:
         os.close(read)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def _block_in_child() -> None:
     # Launchers signal whole groups; a DataLoader's worker that dies of it would end the run with an error.
     if _blocked_in_children:
@@ -234,7 +232,10 @@ os.register_at_fork(after_in_child=_block_in_child)
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a run folder to this run: SettingsError while another process trains into it. `folder` exists."""
+    """Keep a run folder, which exists, to this run; SettingsError while another trains into it. Rank 0 does it for all."""
+    if rank() != 0:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -248,6 +249,34 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_free(folder: Path) -> None:
+    """SettingsError while another run trains into the folder, which exists."""
+    with held(folder):
+        pass
+
+
+@contextmanager
+def whole_weights(trainer: Trainer) -> Iterator[Any]:
+    """The trained model, with a `state_dict` that holds every weight whole where they lie in parts; every rank enters.
+
+    In parts (ZeRO-3, FSDP2) they are brought together in the memory of rank 0, and the others get nothing.
+    """
+    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    in_parts = isinstance(wrapped, FSDPModule) or (
+        type(wrapped).__name__ == "DeepSpeedEngine" and wrapped.zero_optimization_stage() == 3
+    )
+    if not in_parts:
+        yield model
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    model.state_dict = lambda *args, **kwargs: state  # what every writer of weights asks
+    try:
+        yield model
+    finally:
+        del model.state_dict
 
 
 def says_error() -> bool:
@@ -266,26 +295,40 @@ def _somebody_failed() -> bool:
 
 def _store() -> Any:
     """The store of torchrun's agent, which outlives every rank; None in a run without one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     try:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return distributed.PrefixStore(
             os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-            distributed.TCPStore(*where, is_master=False, timeout=_seconds(10)),
+            distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=10)),
         )
     except RuntimeError:  # the agent is gone
         return None
 
 
-def _seconds(number: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=number)
+@contextmanager
+def member() -> Iterator[None]:
+    """What one process of a launcher's keeps to: only rank 0 prints, an error is said once, all end together."""
+    with ExitStack() as ends:
+        if rank() != 0:
+            ends.enter_context(redirect_stdout(ends.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            warnings.simplefilter("ignore")
+            logging.set_verbosity_error()
+        try:
+            yield
+        except Stopped:
+            finish()
+            raise
+        except Exception:
+            if not says_error():
+                raise SystemExit(1) from None
+            raise
+        finish()
 
 
 def finish() -> None:
-    """End this process's part of a finished run: all ranks have come this far, and nothing is left in a buffer.
+    """End this process's part of a run: all ranks have come this far, and nothing is left in a buffer.
 
     Left to the interpreter's end, a process group's threads can bring a finished rank down.
     """
