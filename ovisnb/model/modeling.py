@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration import INDICATORS, Ovis2_5Config
-from .loss import LanguageHead, cross_entropy, mean_loss, summed_loss, supervised
+from .loss import LanguageHead, calls_are_counted, cross_entropy, mean_loss, summed_loss, supervised
 from .packed import prepare_packed, rows_of
-from .vision import Ovis2_5VisionModel
+from .vision import Ovis2_5VisionModel, trains
 
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
@@ -70,23 +69,26 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         tower, table = self.vision_tower, self.visual_embeddings_table
         return tower(pixel_values.to(tower.dtype), grid_thw, table=table).pooler_output
 
-    def embed(self, input_ids: torch.Tensor, media: list[Medium], cu_seq_lens=None) -> torch.Tensor:
+    def embed(
+        self, input_ids: torch.Tensor, media: list[Medium], visual_features: torch.Tensor | None, cu_seq_lens=None
+    ) -> torch.Tensor:
         """Text embeddings [batch, length, hidden] with every visual placeholder row replaced; `cu_seq_lens` of a
         packed row, int32 [samples + 1], let an error name the sample."""
         embeds = self.get_input_embeddings()(input_ids)
         config = self.config
         atoms = input_ids == config.image_token_id
         # a placeholder without its pixels must not pass for a text
-        if any(medium.pixel_values is not None for medium in media) or holds_placeholders(input_ids, config):
+        given = visual_features is not None or any(medium.pixel_values is not None for medium in media)
+        if given or holds_placeholders(input_ids, config):
             rows = input_ids if cu_seq_lens is None else rows_of(input_ids, cu_seq_lens)
-            check_placeholders(rows, rows == config.image_token_id, media, config)
-            features = self.media_features(media)
+            check_placeholders(rows, rows == config.image_token_id, media, config, visual_features)
+            features = self.media_features(media, visual_features)
             video_start, video_end = config.video_start_token_id, config.video_end_token_id
             depth = (input_ids == video_start).long() - (input_ids == video_end).long()
             in_video = depth.cumsum(1) > 0
             for piece, where in zip(features, (atoms & ~in_video, atoms & in_video), strict=True):
                 embeds = embeds.masked_scatter(where[..., None], piece.to(embeds.dtype))
-        elif self.needs_vision():
+        if (visual_features is not None or not given) and self.needs_vision():
             embeds = embeds + 0.0 * self.unseen_image(input_ids.device).to(embeds.dtype)
         first = config.visual_vocab_size - INDICATORS
         for row, token in enumerate(config.visual_token_ids[1:]):
@@ -95,22 +97,22 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
             embeds = torch.where(mark, row_embedding.to(embeds.dtype), embeds)
         return embeds
 
-    def media_features(self, media: list[Medium]) -> tuple[torch.Tensor, ...]:
+    def media_features(self, media: list[Medium], visual_features: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Features of each kind of media, [its visual tokens, hidden_size], from ONE pass of the vision tower: under
         ZeRO-3 a rank with pictures and videos must gather the tower as often as a rank with neither."""
-        given = [medium for medium in media if medium.pixel_values is not None]
-        together = self.get_visual_features(
-            torch.cat([medium.pixel_values for medium in given]), torch.cat([medium.grid_thw for medium in given])
-        )
-        stride = self.config.vision_config.hidden_stride**2
-        return together.split([0 if m.pixel_values is None else len(m.pixel_values) // stride for m in media])
+        given = [medium for medium in media if medium.grid_thw is not None]
+        if visual_features is None:
+            visual_features = self.get_visual_features(
+                torch.cat([medium.pixel_values for medium in given]), torch.cat([medium.grid_thw for medium in given])
+            )
+        stride = self.vision_config.hidden_stride**2
+        sizes = [0 if m.grid_thw is None else int(m.grid_thw.prod(1).sum()) // stride for m in media]
+        return visual_features.split(sizes)
 
     def needs_vision(self) -> bool:
         """Whether a batch without any picture must still run the vision tower: every rank has to touch the same
-        parameters, or DDP waits for a gradient, and ZeRO-3 for a gather, that never comes."""
-        if is_deepspeed_zero3_enabled():
-            return True
-        return self.training and any(p.requires_grad for p in self.vision_tower.parameters())
+        parameters, or DDP waits for a gradient, and ZeRO-3 and FSDP for a gather, that never comes."""
+        return calls_are_counted(self.vision_tower) or (self.training and trains(self.vision_tower))
 
     def unseen_image(self, device) -> torch.Tensor:
         """Sum of the features of the smallest grey picture, a scalar."""
@@ -134,6 +136,7 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
+        visual_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,  # accepted for TRL; the ids say as much
         **kwargs,
     ):
@@ -155,8 +158,8 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
                 )
             attention_mask, kwargs = prepare_packed(self.language_model, row, kwargs)
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, media, cu_seq_lens)
-        elif any(medium.pixel_values is not None for medium in media):
+            inputs_embeds = self.embed(input_ids, media, visual_features, cu_seq_lens)
+        elif visual_features is not None or any(medium.pixel_values is not None for medium in media):
             raise ValueError("Pictures are placed by the placeholders in input_ids; pass input_ids, not inputs_embeds.")
         new_prompt = past_key_values is None or past_key_values.get_seq_length() == 0
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and new_prompt:
@@ -204,11 +207,11 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
         image_grid_thw: torch.LongTensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
+        visual_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
-        label_smoothing: float = 0.0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -219,12 +222,15 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             attention_mask: [batch, length], 1 for tokens, 0 for padding.
             pixel_values: [patches of all images, 3*tp*patch**2]; image_grid_thw: int64 [images, 3] in patches,
                 both in the order of the batch's placeholders. The same for videos.
+            visual_features: [visual tokens, hidden_size], what `get_visual_features` gives of the images and, behind
+                them, of the videos; in place of both pixel_values, with the grids.
             labels: int64 [batch, length], -100 where a token carries no loss.
             position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of samples packed into one row
                 without padding, as `ovisnb.chat.collate(samples, packed=True)` gives them; no attention_mask then.
             logits_to_keep: logits of the last so many positions only (0: all).
             skip_logits: with labels, make the loss chunk by chunk and no logits; None: so it is in training mode.
-            label_smoothing: share of each target that is spread evenly over all words, as in F.cross_entropy.
+            label_smoothing: float, the share of each target that is spread evenly over all words, as in
+                F.cross_entropy; 0 unless given.
             num_items_in_batch: what the summed loss is divided by, as the Trainer gives it, in place of the
                 batch's supervised tokens.
 
@@ -232,6 +238,8 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
         cross-entropy over supervised tokens in float32; it is 0 where no token is supervised.
         Raises ValueError, naming the sample, if placeholders and features do not match.
         """
+        # not in the signature: the Trainer takes every argument with "label" in its name for labels of the data
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -242,6 +250,7 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             image_grid_thw=image_grid_thw,
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
+            visual_features=visual_features,
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
@@ -275,7 +284,7 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for key in MEDIA_KEYS:
+            for key in (*MEDIA_KEYS, "visual_features"):
                 inputs.pop(key, None)  # the cache holds them
         return inputs
 
@@ -312,13 +321,17 @@ def holds_placeholders(input_ids: torch.Tensor, config) -> bool:
     return bool(torch.isin(input_ids, torch.tensor(config.visual_token_ids, device=input_ids.device)).any())
 
 
-def check_placeholders(input_ids: torch.Tensor, atoms: torch.Tensor, media: list[Medium], config) -> None:
+def check_placeholders(
+    input_ids: torch.Tensor, atoms: torch.Tensor, media: list[Medium], config, visual_features: torch.Tensor | None
+) -> None:
     """ValueError, naming the sample, unless each run of atoms is as long as its picture's or video's features."""
     stride = config.vision_config.hidden_stride**2
     so_far = atoms.long().cumsum(1)
     spare = so_far[:, -1].tolist()  # atoms of each sample that no picture or video has claimed
     for medium in media:
-        if (medium.pixel_values is None) != (medium.grid_thw is None):
+        if visual_features is not None and medium.pixel_values is not None:
+            raise ValueError("Give the model either visual_features or pixels, not both; the grids come with either.")
+        if visual_features is None and (medium.pixel_values is None) != (medium.grid_thw is None):
             raise ValueError(
                 f"The batch has pixels or grids of {medium.name}s without the other; pass both, or neither."
             )
@@ -352,6 +365,12 @@ def check_placeholders(input_ids: torch.Tensor, atoms: torch.Tensor, media: list
                 f"Sample {sample} has {count} visual placeholder tokens outside any image or video; do not write "
                 "placeholder tokens by hand, use the processor or ovisnb.chat.encode."
             )
+    asked = int(atoms.sum())
+    if visual_features is not None and len(visual_features) != asked:
+        raise ValueError(
+            f"The grids ask for {asked} visual tokens but visual_features has {len(visual_features)}; pass the features "
+            "of the batch's own pictures, images before videos."
+        )
 
 
 class NeverVisual(LogitsProcessor):

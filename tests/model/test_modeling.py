@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers.utils import find_labels
 
 from ovisnb.model import Ovis2_5Config, Ovis2_5ForConditionalGeneration, load
 from ovisnb.model.released import PREFIXES
@@ -278,6 +279,44 @@ def test_a_cached_continuation_needs_no_pictures(golden_pair, inputs):
             torch.testing.assert_close(rest, whole[-new:], rtol=0, atol=1e-4)
 
 
+def features_of(model, batch):
+    """visual_features of a batch, and the batch without its pixels."""
+    kinds = [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")]
+    parts = [model.model.get_visual_features(batch[pixels], batch[grid]) for pixels, grid in kinds if pixels in batch]
+    return torch.cat(parts), {key: value for key, value in batch.items() if not key.startswith("pixel_values")}
+
+
+def test_given_features_take_the_place_of_pixels(golden_pair, inputs):
+    model, processor = golden_pair
+    samples = [inputs(name) for name in ("video", "text_only", "multi_image", "single")]
+    batch = stack(samples, processor.tokenizer.pad_token_id)
+    with torch.no_grad():
+        features, rest = features_of(model, batch)
+        found, wanted = model(**rest, visual_features=features), model(**batch)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="either visual_features or pixels"):
+            model(**batch, visual_features=features)
+        with pytest.raises(ValueError, match=f"ask for {len(features)} visual tokens but .* has {len(features) - 1}"):
+            model(**rest, visual_features=features[1:])
+        with pytest.raises(ValueError, match="4 image placeholders but 0 image grids"):
+            model(**{key: value for key, value in rest.items() if "image" not in key}, visual_features=features)
+        with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds"):
+            model(inputs_embeds=torch.zeros(1, 4, 96), visual_features=features)
+    prompt = inputs("single", key="generate/generate_no_think")
+    features, rest = features_of(model, prompt)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    found = model.generate(**rest, visual_features=features.detach(), **options)
+    assert found.tolist() == model.generate(**prompt, **options).tolist()
+
+
+def test_given_features_leave_no_trained_parameter_without_a_gradient(golden, inputs):
+    """Or DDP would wait for it."""
+    model, _ = load(golden / "checkpoint", dtype=torch.float32)
+    features, rest = features_of(model, inputs("single"))
+    model.train()(**rest, visual_features=features.detach()).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_every_batch_runs_the_vision_tower_once(golden_pair, inputs):
     """Under ZeRO-3 a rank that ran it twice, for pictures and for videos, would wait for the others for ever."""
     model, processor = golden_pair
@@ -316,6 +355,11 @@ def test_what_trl_reads_is_there(golden_model):
     assert config.get_text_config().max_position_embeddings == 4096
     assert golden_model.base_model is golden_model.model
     assert golden_model.supports_gradient_checkpointing and golden_model.can_generate()
+
+
+def test_the_trainer_finds_the_labels():
+    """Evaluation looks for every argument with "label" in its name in the batch, and gives no loss without."""
+    assert find_labels(Ovis2_5ForConditionalGeneration) == ["labels"]
 
 
 def test_config_round_trips_and_refuses_the_released_form(tmp_path):
