@@ -22,6 +22,9 @@ MODULES = (
     "vte",
 )
 
+# The parts that together are the model.
+PARTS = ("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte")
+
 # Settings that only mean something under a condition: names, the condition, and why they are idle without it.
 CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (
@@ -104,6 +107,24 @@ def parse_modules(text: str) -> dict[str, float | None]:
     return found
 
 
+def specificity(module: str) -> int:
+    """How narrow a module is: "all" 0, "visual_tokenizer" 1, "visual_tokenizer.vit.last_block" 3."""
+    return 0 if module == "all" else 1 + module.count(".")
+
+
+def trained_parts(settings: Settings) -> list[str]:
+    """The PARTS of which something trains, by train_modules and what is frozen; a module of rate 0 does not train."""
+    named = parse_modules(settings.modules)
+    found = []
+    for part in PARTS:
+        around = [name for name in named if name == "all" or part == name or part.startswith(f"{name}.")]
+        within = [name for name in named if name.startswith(f"{part}.")]
+        decisive = [*within, *sorted(around, key=specificity)[-1:]]
+        if part not in settings.frozen and any(named[name] != 0 for name in decisive):
+            found.append(part)
+    return found
+
+
 def _rate(name: str, text: str) -> float:
     try:
         rate = float(text)
@@ -156,24 +177,17 @@ def _check_start(s: Settings) -> None:
 
 
 def _check_what_trains(s: Settings) -> None:
-    trained = s.trained
     for switch, frozen in (
         ("freeze_llm", ("llm",)),
         ("freeze_vision_tower", ("visual_tokenizer.vit", "visual_tokenizer.vit.last_block")),
     ):
-        if getattr(s, switch) and (both := [name for name in trained if name in frozen]):
+        if getattr(s, switch) and (both := [name for name in s.trained if name in frozen]):
             raise SettingsError(f'{switch} contradicts train_modules "{s.modules}", which names {both[0]}: remove one.')
-    parts = {
-        part
-        for part in ("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte")
-        if not (part == "llm" and s.freeze_llm) and not (part == "visual_tokenizer.vit" and s.freeze_vision_tower)
-        if any(name == "all" or part.startswith(name) or name.startswith(f"{part}.") for name in trained)
-    }
+    parts = trained_parts(s)
     if not parts:
-        raise SettingsError(
-            f'Nothing is left to train: train_modules is "{s.modules}", and what it names is frozen; unfreeze some of it.'
-        )
-    seen = sorted(parts - {"llm"})
+        frozen = f" and {' and '.join(s.frozen)} is frozen" if s.frozen else ""
+        raise SettingsError(f'Nothing is left to train: train_modules is "{s.modules}"{frozen}.')
+    seen = [part for part in parts if part != "llm"]
     _refuse(
         (
             s.vision_cache and not s.use_lora and seen,

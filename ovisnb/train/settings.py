@@ -344,6 +344,12 @@ class Settings(BaseModel):
         """The names in train_modules."""
         return tuple(self.rates)
 
+    @property
+    def frozen(self) -> list[str]:
+        """The parts that freeze_llm and freeze_vision_tower keep as they are, whatever is trained."""
+        switches = {"llm": self.freeze_llm, "visual_tokenizer.vit": self.freeze_vision_tower}
+        return [part for part, on in switches.items() if on]
+
     def _grpo_values(self) -> dict[str, Any]:
         """The settings of the grpo stage of stage "both"."""
         values = self.to_dict() | {"stage": "grpo"}
