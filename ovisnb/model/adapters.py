@@ -97,6 +97,19 @@ def quantized(quantization: str | BitsAndBytesConfig, dtype: torch.dtype | None,
     }
 
 
+def keep_gradients(model: torch.nn.Module) -> None:
+    """Let 4-bit layers on the CPU pass gradients after an evaluation too.
+
+    On a CPU with AVX512-BF16 bitsandbytes (0.50) packs a layer's weight anew in its first forward in evaluation mode, and
+    from then on that layer gives what lies below it no gradient, in training mode too and without an error.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether the model's linear layers are held in 4 or 8 bit."""
     return bool(getattr(model, "is_quantized", False))  # from_pretrained sets it where there is something to set

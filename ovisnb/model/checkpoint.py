@@ -13,7 +13,15 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .adapters import ADAPTER_CONFIG, adapter_files, is_quantized, open_adapter, quantized, write_adapter
+from .adapters import (
+    ADAPTER_CONFIG,
+    adapter_files,
+    is_quantized,
+    keep_gradients,
+    open_adapter,
+    quantized,
+    write_adapter,
+)
 from .configuration import Ovis2_5Config
 from .files import CheckpointError, find_file, first_line, read_json
 from .image_processing import Ovis2_5ImageProcessor
@@ -131,7 +139,9 @@ def load(
     # The names were translated once, on the way in; saving writes native names.
     model._weight_conversions = None
     model.generation_config = generation_defaults(read_json(path_or_id, "generation_config.json"), processor.tokenizer)
-    if device is not None and not options:
+    if is_quantized(model):
+        keep_gradients(model)
+    elif device is not None:
         model.to(device)
     return model.eval(), processor
 
