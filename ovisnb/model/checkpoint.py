@@ -1,4 +1,4 @@
-"""Opening and saving checkpoints: the native layout and the released one, safetensors only, no code from a folder."""
+"""Opening and saving checkpoints: the native layout and the released one, without code or pickles from a folder."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .image_processing import Ovis2_5ImageProcessor
 from .modeling import Ovis2_5ForConditionalGeneration
 from .processing import VISUAL_TOKENS, Ovis2_5Processor
 from .released import RELEASED_TO_NATIVE, native_config, write_released
+from .weights import has_only_bin, own_tensors, read_bin, write_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,8 +73,9 @@ def load(
         base_model: of an adapter folder, the base to open it over, in place of the one that it names.
 
     An adapter folder gives a PeftModel: the base with the adapter over it, not merged (`ovisnb merge` does that).
-    Never runs Python from the folder and never unpickles. Raises CheckpointError if there is no Ovis2.5
-    checkpoint, or if its tensors are not exactly the model's.
+    Never runs Python from the folder, and of pytorch_model.bin, which is read where there are no safetensors, takes
+    tensors alone. Raises CheckpointError if there is no Ovis2.5 checkpoint, or if its tensors are not exactly the
+    model's.
     """
     if adapter := adapter_files(path_or_id):
         model, processor = load(adapter.base(base_model), dtype, device, attn_implementation, quantization)
@@ -95,10 +97,11 @@ def load(
     options = {}
     if quantization is not None:
         options = quantized(quantization, config.dtype if dtype == "auto" else dtype, device)
+    bins = {"state_dict": read_bin(path_or_id)} if has_only_bin(path_or_id) else {}
     try:
         with quiet():
             model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
-                path_or_id,
+                None if bins else path_or_id,
                 config=config,
                 key_mapping=RELEASED_TO_NATIVE if released else None,
                 use_safetensors=True,
@@ -106,6 +109,7 @@ def load(
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 trust_remote_code=False,
+                **bins,
                 **options,
             )
     except ImportError as error:
@@ -201,6 +205,7 @@ def save(
     processor: Ovis2_5Processor,
     path: str | os.PathLike,
     layout: str = "native",
+    safe: bool = True,
 ) -> Path:
     """Write a checkpoint folder, which appears whole or not at all; an existing checkpoint there is replaced.
 
@@ -209,6 +214,7 @@ def save(
     Args:
         layout: "native" for transformers, "released" for the released remote code, vLLM and ms-swift. The released
             config.json refers to the remote code where it was published; none is copied into the folder.
+        safe: False writes pytorch_model.bin, as the earlier scripts' stages 1 and 2 did, in place of safetensors.
 
     A PeftModel gives an adapter folder: the adapter and the processor, not the base.
     Raises ValueError for another layout, or for a released layout of an adapter, of a quantized model, or of a
@@ -221,6 +227,8 @@ def save(
         raise ValueError("The released layout holds no adapter; merge it with ovisnb merge.")
     if layout == "released" and is_quantized(model):
         raise ValueError("The released layout holds no 4-bit or 8-bit weights; load the model without quantization.")
+    if not safe and (adapter or is_quantized(model)):
+        raise ValueError("Adapters and 4-bit or 8-bit weights are saved as safetensors only; leave safe as it is.")
     path = Path(path)
     if path.is_file() or (path.is_dir() and not is_checkpoint(path) and any(path.iterdir())):
         kind = "is a file" if path.is_file() else "holds files but no checkpoint"
@@ -232,7 +240,9 @@ def save(
         if adapter:
             write_adapter(model, processor, whole)
         elif layout == "released":
-            write_released(model, processor, whole)
+            write_released(model, processor, whole, safe)
+        elif not safe:
+            write_native_bin(model, processor, whole)
         else:
             model.save_pretrained(whole)
             processor.save_pretrained(whole)
@@ -255,6 +265,16 @@ def save(
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model or an adapter, of whatever kind."""
     return (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists()
+
+
+def write_native_bin(model, processor, folder: Path) -> None:
+    """What save_pretrained writes, with the tensors in .bin files."""
+    folder.mkdir(parents=True)
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_tensors(own_tensors(model), folder, safe=False)
 
 
 def read_config(path_or_id) -> tuple[dict, Ovis2_5Config]:

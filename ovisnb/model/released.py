@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from .configuration import Ovis2_5Config
 from .processing import CHAT_TEMPLATE, VISUAL_TOKENS
+from .weights import write_tensors
 
 # Regular expression on a released tensor name -> native name.
 RELEASED_TO_NATIVE = {
@@ -31,7 +31,6 @@ PREFIXES = {
 }
 # Where the released Python lives. Servers that trust it fetch it from there; nothing here ever runs it.
 REMOTE_CODE = "AIDC-AI/Ovis2.5-2B--"
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 def native_config(raw: dict) -> Ovis2_5Config:
@@ -108,8 +107,11 @@ def released_name(native: str) -> str:
     raise ValueError(f"The tensor {native} has no place in the released layout; merge adapters before saving.")
 
 
-def write_released(model, processor, folder: Path) -> None:
-    """Every file of a released checkpoint folder. ValueError if the language model is not a Qwen3."""
+def write_released(model, processor, folder: Path, safe: bool = True) -> None:
+    """Every file of a released checkpoint folder, tensors in .bin files unless `safe`.
+
+    ValueError if the language model is not a Qwen3.
+    """
     config = model.config
     if config.text_config.model_type != "qwen3":
         raise ValueError(
@@ -123,7 +125,7 @@ def write_released(model, processor, folder: Path) -> None:
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
-    write_tensors(tensors, folder)
+    write_tensors(tensors, folder, safe)
     write_json(folder / "config.json", released_config(config, model.dtype))
     generation = model.generation_config.to_diff_dict() | {"transformers_version": "4.51.3"}
     write_json(folder / "generation_config.json", generation)
@@ -147,28 +149,6 @@ def write_released(model, processor, folder: Path) -> None:
         },
     )
     write_tokenizer(processor.tokenizer, folder)
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """model.safetensors, or numbered shards and their index where the whole exceeds MAX_SHARD_BYTES."""
-    shards, sizes = [{}], [0]
-    for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and sizes[-1] + bytes_ > MAX_SHARD_BYTES:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = tensor
-        sizes[-1] += bytes_
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_tokenizer(tokenizer, folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
-from ovisnb.model import CheckpointError, Ovis2_5Config, load, load_processor, released, save
+from ovisnb.model import CheckpointError, Ovis2_5Config, load, load_processor, released, save, weights
 
 
 class Marker:
@@ -167,7 +167,7 @@ def test_untied_embeddings_stay_apart(golden, tmp_path, layout):
 
 def test_shards_and_their_index(golden_pair, tmp_path, monkeypatch):
     model, processor = golden_pair
-    monkeypatch.setattr(released, "MAX_SHARD_BYTES", 500_000)
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 500_000)
     save(model, processor, tmp_path / "sharded", layout="released")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
