@@ -6,11 +6,11 @@ import torch
 from transformers import TrainingArguments
 
 from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
-from ovisnb.train.distributed import check_world
+from ovisnb.train.distributed import check_world, join
 from ovisnb.train.settings import Settings, SettingsError
 
-# Of the same name as Trainer's, but done by us: the model's own loss smooths labels.
-OURS = {"label_smoothing_factor", "fsdp"}
+# Of the same name as Trainer's or TRL's, but done by us: the model's own loss smooths labels, our collator packs.
+OURS = {"label_smoothing_factor", "fsdp", "packing"}
 
 
 def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments:
@@ -26,7 +26,10 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         raise SettingsError("fp16 needs a GPU: use bf16, or neither.")
     world = check_world(settings)
     fsdp = wants_fsdp(settings)
-    known = TrainingArguments.__dataclass_fields__
+    kind = TrainingArguments
+    if settings.trainer == "trl":
+        from trl import SFTConfig as kind
+    known = kind.__dataclass_fields__
     # a setting with a name of transformers' means what it means there
     same = settings.model_dump(exclude={"gradient_checkpointing", "warmup_ratio", *OURS})
     values = {name: value for name, value in same.items() if name in known}
@@ -38,6 +41,8 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         "deepspeed": deepspeed_config(settings, world),
         "fsdp": fsdp,
         "fsdp_config": fsdp_config(settings) if fsdp else None,
+        # every parameter that trains has a gradient in every step, also where a batch has no picture
+        "ddp_find_unused_parameters": bool(settings.ddp_find_unused_parameters),
         "warmup_steps": settings.warmup_ratio or settings.warmup_steps,  # a share of the steps when below one
         "per_device_eval_batch_size": settings.per_device_eval_batch_size or settings.per_device_train_batch_size,
         # bfloat16 on the CPU asks for it in so many words
@@ -56,12 +61,15 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         "disable_tqdm": True,
         "use_cache": True,  # what is saved in config.json; SftTrainer trains without
     }
+    if settings.trainer == "trl":
+        values |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}  # the encoder did both
     try:
-        arguments = TrainingArguments(**values)
+        arguments = kind(**values)
     except ValueError as error:  # such as the name of no optimizer
         raise SettingsError(
             f"These settings do not suit transformers' Trainer: {' '.join(str(error).split())}."
         ) from None
+    join(arguments)
     if arguments.n_gpu > 1:
         # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
         print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")

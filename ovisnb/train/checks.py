@@ -247,6 +247,13 @@ def _check_length_and_batches(s: Settings) -> None:
             s.max_batch_tokens and s.per_device_train_batch_size > 1,
             "max_batch_tokens and per_device_train_batch_size both decide how many samples a forward takes: choose one.",
         ),
+        *(
+            (
+                s.trainer == "trl" and getattr(s, name),
+                f'trainer "trl" works without {name}: remove it, or take trainer "transformers".',
+            )
+            for name in ("streaming", "label_smoothing_factor", "vision_cache", "max_batch_tokens", "group_by_length")
+        ),
         (
             s.streaming and s.group_by_length,
             "group_by_length needs the lengths of all records, and streaming knows none: remove one.",
