@@ -18,6 +18,7 @@ from ovisnb.data.files import write_json
 from ovisnb.train.callbacks import last_counts
 from ovisnb.train.settings import Settings
 from ovisnb.train.stream import StreamSamples, stream_loader
+from ovisnb.train.vision_cache import VisionCache
 
 SHOWN_TRUNCATIONS = 3
 COUNT = "data_records.json"
@@ -31,6 +32,7 @@ class Counting:
         self.processor, self.settings = processor, settings
         self.seen: dict[str, Any] | None = None
         self.truncated = 0
+        self.vision_cache: VisionCache | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.seen = None
@@ -84,6 +86,14 @@ class Counting:
                 print(sentence, flush=True)
             if self.truncated == SHOWN_TRUNCATIONS:
                 print("further truncated records are not shown", flush=True)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch where the model is, with kept features in the place of its pixels if vision_cache is set."""
+        if self.settings.vision_cache:
+            if self.vision_cache is None:  # not before a checkpoint's weights are there
+                self.vision_cache = VisionCache(self.model, self.settings.vision_cache, self.accelerator.autocast)
+            inputs = self.vision_cache(inputs)
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
