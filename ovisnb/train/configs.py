@@ -56,7 +56,10 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any] | No
     stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         raise SettingsError(f"deepspeed {wanted}: zero_optimization.stage is {stage!r}, and ZeRO has 0, 1, 2 and 3.")
-    config.pop("compile", None)  # of the earlier scripts' files: it did nothing there, and DeepSpeed now refuses it
+    if isinstance(compiles := config.get("compile"), dict):  # keys of DeepSpeed's earlier versions, refused by this one
+        config["compile"] = {
+            key: value for key, value in compiles.items() if key not in ("enabled", "backend", "kwargs")
+        }
     for key in FROM_SETTINGS:
         config.setdefault(key, "auto")
     for half in ("bf16", "fp16"):
@@ -74,6 +77,21 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any] | No
     for section in ("optimizer", "scheduler"):
         config.pop(section, None)
     return config
+
+
+def unused_parts(settings: Settings) -> list[str]:
+    """Sentences on what a DeepSpeed file says and a run does not take from it."""
+    wanted = wanted_deepspeed(settings)
+    config = {} if wanted is None else _read(wanted)
+    sentences = []
+    if isinstance(compiles := config.get("compile"), dict) and compiles.get("enabled"):
+        sentences.append(
+            f"deepspeed {wanted}: compile.enabled is of earlier versions of DeepSpeed; torch_compile compiles"
+        )
+    for section, setting in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if section in config:
+            sentences.append(f"deepspeed {wanted}: the settings' {setting} is used in place of its {section}")
+    return sentences
 
 
 def fsdp_config(settings: Settings) -> dict[str, Any]:

@@ -26,10 +26,10 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from ovisnb.train.configs import deepspeed_config, wanted_deepspeed, wants_fsdp
+from ovisnb.train.configs import deepspeed_config, unused_parts, wanted_deepspeed, wants_fsdp
 from ovisnb.train.settings import Settings, SettingsError
 
 # What a launcher writes into a run folder before the run begins.
@@ -79,6 +79,9 @@ def check_world(settings: Settings) -> int:
     if fsdp and "RANK" not in os.environ:
         raise SettingsError("fsdp needs a launcher: start it with torchrun --nproc_per_node N -m ovisnb train.")
     deepspeed = deepspeed_config(settings, world)  # raises what is wrong with it
+    if rank() == 0:
+        for sentence in unused_parts(settings):
+            print(sentence)
     if deepspeed is not None and "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -87,6 +90,20 @@ def check_world(settings: Settings) -> int:
         os.environ.update({name: str(value) for name, value in alone.items()})
         atexit.register(finish)
     return world
+
+
+def join(arguments: TrainingArguments) -> None:
+    """Start DeepSpeed's own communication where DeepSpeed is used: accelerate does so on GPUs only.
+
+    Without it ZeRO-3 cuts the weights, as they are loaded, for a world of one.
+    """
+    if arguments.deepspeed:
+        import deepspeed
+
+        # of the names of collectives that DeepSpeed calls, told again in every step
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        backend = "nccl" if arguments.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 
 def check_wrapper(trainer: Trainer, settings: Settings) -> str:

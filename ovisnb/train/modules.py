@@ -60,7 +60,7 @@ def freeze(model: nn.Module, settings: Settings) -> dict[str, int]:
         trains = named[name] is not None and rates[named[name]] != 0 and parts[name] not in settings.frozen
         parameter.requires_grad_(trains)
         if trains:
-            counts[parts[name]] += parameter.numel()
+            counts[parts[name]] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3's parts are empty here
     if not any(counts.values()):
         raise SettingsError(
             f'Nothing is left to train: the model has nothing of train_modules "{settings.modules}" that is not frozen.'
