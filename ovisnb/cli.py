@@ -1,6 +1,7 @@
 """The command `ovisnb`.
 
     ovisnb train sft.json --learning_rate 1e-4
+    ovisnb merge --model_path outputs/sft/final --output_dir merged --layout released
     ovisnb infer --model_path data/tiny-ovis --image_path cat.jpg --question "What is it?"
     ovisnb run notebooks/03_sft.ipynb -p max_steps 20
     ovisnb data validate train.json images
@@ -25,6 +26,7 @@ from typing import Any
 
 from ovisnb import __version__
 from ovisnb.cli_data import add_data, at_least, check_report, printing, say
+from ovisnb.cli_train import add_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=run)
 
+    add_training(commands)
     add_data(commands)
 
     command = commands.add_parser("demo", help="run the notebooks on the shipped data into outputs/demo")
