@@ -2,7 +2,7 @@
 
 from ovisnb.generate.answer import Answer, Box, Point, parse
 from ovisnb.generate.budget import ThinkingBudget
-from ovisnb.generate.evaluate import grounding_accuracy, summary, wilson
+from ovisnb.generate.evaluate import grounding_accuracy, label_accuracy, summary, wilson
 from ovisnb.generate.inference import Ovis25Inference, grounding_prompt
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ThinkingBudget",
     "grounding_accuracy",
     "grounding_prompt",
+    "label_accuracy",
     "parse",
     "summary",
     "wilson",

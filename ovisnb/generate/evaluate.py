@@ -1,7 +1,8 @@
-"""How often the model finds what it is asked for: grounding accuracy over records with known boxes.
+"""How often the model finds what it is asked for, and names what it is shown.
 
     rows = grounding_accuracy(inference, ShapesDataset("heldout", 500, seed=0, kinds={"find": 1}), batch_size=32)
     for line in summary(rows): print(line)
+    rows = label_accuracy(inference, ShapesDataset("heldout", 500, seed=0, kinds={"reverse": 1}), batch_size=32)
 
 A box is a hit when its intersection over union with the expected one is at least 0.5, as RefCOCO
 counts. Intervals are Wilson's score interval (E. B. Wilson, JASA 22, 1927): honest for few records
@@ -11,14 +12,14 @@ and for rates near 0 or 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm  # the plain bar: tqdm.auto's widget stays at 0% in a headless notebook
 
 from ovisnb.data.boxes import iou
 from ovisnb.data.record import Record
-from ovisnb.generate.answer import Box, parse
+from ovisnb.generate.answer import Answer, Box, parse
 
 HIT_IOU = 0.5
 _Z95 = 1.959963984540054  # the normal quantile of a two-sided 95% interval
@@ -46,19 +47,9 @@ def grounding_accuracy(
     compared with the first unused one of the same label.
     Raises ValueError for a record whose last gpt turn has no box.
     """
-    asked: list[tuple[dict[str, Any], list[Box]]] = []  # without the pictures: a stream of them may be long
-
-    def stream() -> Iterator[Record]:
-        for record in tqdm(records, disable=not progress, desc="grounding", unit="record"):
-            record = record if isinstance(record, Record) else Record.from_dict(record)
-            asked.append((_about(record), _expected(record)))
-            yield record
-
-    answers = inference.answer_records(
-        stream(), image_folder=image_folder, batch_size=batch_size, do_sample=do_sample, **options
-    )
+    options |= {"image_folder": image_folder, "batch_size": batch_size, "do_sample": do_sample}
     rows = []
-    for (about, boxes), answer in zip(asked, answers, strict=True):
+    for about, boxes, answer in _answered(inference, records, _expected, "grounding", progress, options):
         for box, found in zip(boxes, _matched(boxes, answer.boxes), strict=True):
             overlap = 0.0 if found is None else float(iou(tuple(box), tuple(found)))
             rows.append(
@@ -75,10 +66,33 @@ def grounding_accuracy(
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `grounding_accuracy` -> one line for each number of objects, and one for "all".
+def label_accuracy(
+    inference,
+    records: Iterable[Record | dict],
+    *,
+    batch_size: int = 16,
+    image_folder=None,
+    do_sample: bool | None = False,
+    progress: bool = True,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """One row for each record, whose last gpt turn is the right answer in words: a name, a number.
 
-    Line: objects, n, hits, accuracy, low and high (Wilson 95%), mean_iou.
+    Arguments as those of `grounding_accuracy`. Row: id, objects, kind, expected, text (the answer, without thinking),
+    hit (the same words, whatever the case, the spaces between them and a full stop at the end).
+    Raises ValueError for a record that ends in no gpt turn.
+    """
+    options |= {"image_folder": image_folder, "batch_size": batch_size, "do_sample": do_sample}
+    return [
+        {**about, "expected": expected, "text": answer.answer, "hit": _words(answer.answer) == _words(expected)}
+        for about, expected, answer in _answered(inference, records, _last_answer, "labels", progress, options)
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `grounding_accuracy` or `label_accuracy` -> one line for each number of objects, and one for "all".
+
+    Line: objects, n, hits, accuracy, low and high (Wilson 95%), and of boxes mean_iou.
     """
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
@@ -101,15 +115,30 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 def _line(objects: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     n, hits = len(rows), sum(row["hit"] for row in rows)
     low, high = wilson(hits, n)
-    return {
-        "objects": objects,
-        "n": n,
-        "hits": hits,
-        "accuracy": hits / n,
-        "low": low,
-        "high": high,
-        "mean_iou": sum(row["iou"] for row in rows) / n,
-    }
+    line = {"objects": objects, "n": n, "hits": hits, "accuracy": hits / n, "low": low, "high": high}
+    return line | ({"mean_iou": sum(row["iou"] for row in rows) / n} if "iou" in rows[0] else {})
+
+
+def _answered(
+    inference,
+    records: Iterable[Record | dict],
+    expected: Callable[[Record], Any],
+    name: str,
+    progress: bool,
+    options: dict,
+) -> Iterator[tuple[dict[str, Any], Any, Answer]]:
+    """What each record is about, what is expected of it, and the answer to it."""
+    asked: list[tuple[dict[str, Any], Any]] = []  # without the pictures: a stream of them may be long
+
+    def stream() -> Iterator[Record]:
+        for record in tqdm(records, disable=not progress, desc=name, unit="record"):
+            record = record if isinstance(record, Record) else Record.from_dict(record)
+            asked.append((_about(record), expected(record)))
+            yield record
+
+    answers = list(inference.answer_records(stream(), **options))
+    for (about, wanted), answer in zip(asked, answers, strict=True):
+        yield about, wanted, answer
 
 
 def _about(record: Record) -> dict[str, Any]:
@@ -130,6 +159,20 @@ def _expected(record: Record) -> list[Box]:
             "compare with: pass records that ask for boxes only."
         )
     return boxes
+
+
+def _last_answer(record: Record) -> str:
+    last = record.turns[-1]
+    if last.role != "gpt":
+        raise ValueError(
+            f"Record {record.id!r} ({record.source}) does not end in a gpt turn, so there is no answer to compare with: "
+            "pass records with their answers."
+        )
+    return parse(last.text).answer
+
+
+def _words(text: str) -> list[str]:
+    return text.casefold().removesuffix(".").split()
 
 
 def _matched(expected: list[Box], found: list[Box]) -> list[Box | None]:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ovisnb.data.record import Record
-from ovisnb.generate import Ovis25Inference, grounding_accuracy, parse, summary, wilson
+from ovisnb.generate import Ovis25Inference, grounding_accuracy, label_accuracy, parse, summary, wilson
 
 
 class Scripted:
@@ -67,6 +67,20 @@ def test_several_boxes_are_matched_by_label():
 def test_a_record_without_a_box_is_named():
     with pytest.raises(ValueError, match="Record 'r'.*no box to compare"):
         grounding_accuracy(Scripted("x"), [record("Three.")], progress=False)
+
+
+def test_labels_are_compared_by_their_words():
+    asked = [record("red circle", objects=count) for count in (1, 2, 2)]
+    model = Scripted("<think>\nIt is blue.\n</think>\n\nRed  circle.", "red", "The red circle")
+    rows = label_accuracy(model, asked, progress=False, max_new_tokens=5)
+    assert [row["hit"] for row in rows] == [True, False, False]
+    assert rows[0]["text"] == "Red  circle." and rows[0]["expected"] == "red circle"
+    one, two, every = summary(rows)
+    assert (one["accuracy"], two["accuracy"], every["n"]) == (1.0, 0.0, 3) and "mean_iou" not in every
+    assert model.options == {"image_folder": None, "batch_size": 16, "do_sample": False, "max_new_tokens": 5}
+    question = Record.from_dict({"id": "q", "conversations": [{"from": "human", "value": "What?"}]})
+    with pytest.raises(ValueError, match="'q'.*does not end in a gpt turn"):
+        label_accuracy(Scripted("x"), [question], progress=False)
 
 
 def test_summary_by_number_of_objects():
