@@ -6,6 +6,7 @@ ovisnb demo
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -73,6 +74,7 @@ def run_notebook(path: Path, output: Path, parameters: Mapping[str, Any]) -> Pat
     check_values(parameters_of(path), parameters)
     _check_kernel()
     output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["OVISNB_NOTEBOOK"] = str(output.absolute())  # what links in the notebook are relative to
     try:
         papermill.execute_notebook(
             str(path),

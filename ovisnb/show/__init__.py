@@ -7,10 +7,11 @@ from .data import examples, regions_of, select, show_record, with_regions
 from .grounding import before_after, compared, pair_up, question_of, with_box
 from .html import Html, Plot
 from .lens import MaskLens, mask_lens
+from .live import watch
 from .overview import kind_table, overview_figure, overview_table, problem_table
 from .payload import token_summary
 from .regions import Picture, draw_regions, gallery, show_regions
-from .runs import show_accuracy, show_run
+from .runs import show_accuracy, show_folder, show_metrics, show_run
 from .shelf import Shelf, open_shelf
 from .tokens import reason_table, show_tokens
 
@@ -39,11 +40,14 @@ __all__ = [
     "regions_of",
     "select",
     "show_accuracy",
+    "show_folder",
+    "show_metrics",
     "show_record",
     "show_regions",
     "show_run",
     "show_tokens",
     "token_summary",
+    "watch",
     "with_box",
     "with_regions",
 ]

@@ -1,13 +1,18 @@
-"""Curves of a training run, read from the `metrics.jsonl` that the run wrote into its folder."""
+"""A training run: its curves, read from the `metrics.jsonl` in its folder, what it came to, and what it left behind."""
 
 from __future__ import annotations
 
 import json
+import os
+from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from .html import BLUE, GREY, RED, Plot
+from ovisnb.generate import summary
+
+from .html import BLUE, FONT, GREY, RED, Html, Plot, muted, table
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -98,3 +103,55 @@ def show_accuracy(results: dict[str, list[dict]]) -> Plot:
     if len(results) > 1:
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return Plot(figure)
+
+
+def show_metrics(results: dict[str, dict[str, list[dict]]]) -> Html:
+    """A table of what was measured: rows of `grounding_accuracy` or `label_accuracy` by what they are on and by when.
+
+    `results` is {"boxes on held-out scenes": {"before": rows, "after": rows}, ...}. Of boxes the mean IoU and the share
+    with IoU >= 0.5, of labels the share that is right; shares with their 95% intervals.
+    """
+    times = list(dict.fromkeys(time for found in results.values() for time in found))
+    lines = []
+    for name, found in results.items():
+        every = {time: summary(rows)[-1] for time, rows in found.items() if rows}
+        if not every:
+            continue
+        counted = f"{name} (n = {next(iter(every.values()))['n']})"
+        boxes = "mean_iou" in next(iter(every.values()))
+        if boxes:
+            lines.append(
+                (f"{counted}: mean IoU", *(f"{every[t]['mean_iou']:.3f}" if t in every else "" for t in times))
+            )
+        what = f"{counted}: share with IoU ≥ 0.5" if boxes else f"{counted}: share right"
+        lines.append((what, *(_share(every[time]) if time in every else "" for time in times)))
+    return Html(table(lines, head=("", *times)))
+
+
+def _share(line: dict) -> str:
+    return f"{line['accuracy']:.2f} ({line['low']:.2f} to {line['high']:.2f})"
+
+
+def show_folder(folder: str | Path) -> Html:
+    """A link to a run folder, and the files and folders in it with their sizes.
+
+    The link is relative to the notebook that is looked at: the one that JupyterLab runs, or the one that `ovisnb run`
+    writes.
+    """
+    folder = Path(folder)
+    seen_from = os.environ.get("OVISNB_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME")
+    start = Path(seen_from).parent if seen_from else Path.cwd()
+    link = quote(os.path.relpath(folder.absolute(), start.absolute()))
+    rows = [
+        (f"{path.name}/" if path.is_dir() else path.name, _size(path))
+        for path in sorted(folder.iterdir(), key=lambda path: (path.is_file(), path.name))
+        if not path.name.startswith(".")
+    ]
+    head = f'<div style="{FONT}"><a href="{escape(link)}">{escape(str(folder))}</a></div>'
+    return Html(head + table(rows) + muted("checkpoint-N and final/ open with ovisnb.load"))
+
+
+def _size(path: Path) -> str:
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"

@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from ovisnb.show import show_accuracy, show_run
+from ovisnb.show import show_accuracy, show_folder, show_metrics, show_run
 from ovisnb.show.runs import read_metrics, series, smooth
 
 LINES = [
@@ -84,3 +84,27 @@ def test_accuracy_bars_are_the_rates_by_number_of_objects():
     assert [bar.get_height() for bar in axis.patches] == [0.25, 0.25, 0.75, 0.75]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1\nn = 4", "all\nn = 4"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["before", "after"]
+
+
+def test_metrics_of_boxes_and_labels_stand_side_by_side():
+    boxes = [{"objects": 1, "hit": True, "iou": 0.9}, {"objects": 2, "hit": False, "iou": 0.3}]
+    labels = [{"objects": 1, "hit": True}]
+    source = str(
+        show_metrics({"<boxes>": {"before": boxes[1:], "after": boxes}, "labels": {"after": labels}, "no": {}})
+    )
+    assert "&lt;boxes&gt; (n = 1): mean IoU" in source and ">0.300<" in source and ">0.600<" in source
+    assert "0.50 (0.09 to 0.91)" in source
+    assert "labels (n = 1): share right" in source and "1.00 (0.21 to 1.00)" in source
+    assert source.index(">before<") < source.index(">after<") and "no" not in source.replace("nowrap", "")
+
+
+def test_a_folder_is_linked_from_the_notebook_that_is_looked_at(tmp_path, monkeypatch):
+    folder = tmp_path / "a <run>"
+    (folder / "final").mkdir(parents=True)
+    (folder / "final" / "model.safetensors").write_bytes(bytes(250_000))
+    (folder / "settings.json").write_text("{}")
+    (folder / ".hidden").write_text("")
+    monkeypatch.setenv("OVISNB_NOTEBOOK", str(tmp_path / "notebooks" / "03.ipynb"))
+    source = str(show_folder(folder))
+    assert 'href="../a%20%3Crun%3E"' in source and "a &lt;run&gt;" in source and "<run>" not in source
+    assert ">final/<" in source and ">0.2 MB<" in source and ">settings.json<" in source and ".hidden" not in source
