@@ -32,8 +32,6 @@ from transformers.utils import logging
 from ovisnb.train.configs import deepspeed_config, unused_parts, wanted_deepspeed, wants_fsdp
 from ovisnb.train.settings import Settings, SettingsError
 
-# What a launcher writes into a run folder before the run begins.
-LAUNCHED = frozenset({"launch.json", "launch_settings.json", "log.txt", "exit.json"})
 SAME_SIGNAL = 2.0  # seconds in which a signal that comes again is the same one, sent on by a launcher
 _blocked_in_children: set[int] = set()
 
