@@ -9,6 +9,7 @@ Hu et al. 2021 (arXiv 2106.09685); rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -16,15 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from ovisnb.model import load
-from ovisnb.model.adapters import base_path
+from ovisnb.model.adapters import ADAPTER_WEIGHTS, base_path, is_quantized
 from ovisnb.train.names import SettingsError, nearest
 from ovisnb.train.settings import Settings
 
@@ -46,12 +49,26 @@ ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # what PEFT calls the only adapter of a model
 
 
-def open_base(settings: Settings, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
-    """Model and processor of model_path, as a frozen base: in bfloat16 with bf16, in float16 with fp16, else in float32,
-    and with load_in_4bit its linear layers in 4 bit, on `device` from the start."""
+# Settings on which the shapes of what trains depend, and so those of the optimizer's state.
+LORA_SHAPE = {"use_lora", "lora_preset", "lora_target_modules", "lora_modules_to_save", "lora_r", "use_dora"}
+
+
+def open_base(settings: Settings) -> tuple[nn.Module, Any]:
+    """Model and processor of model_path as a frozen base: in bfloat16 with bf16, in float16 with fp16, else in float32.
+
+    With load_in_4bit its linear layers are in 4 bit, on this process's GPU from the start where there is one.
+    Raises SettingsError for 4 bit under ZeRO-3 or FSDP, which would cut the packed weights into parts.
+    """
+    if settings.load_in_4bit and (is_deepspeed_zero3_enabled() or settings.fsdp):
+        raise SettingsError(
+            "load_in_4bit holds the base whole on every GPU, and ZeRO-3 and FSDP hold it in parts: use ZeRO-2, or no 4 bit."
+        )
     dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32
-    four = {"quantization": "4bit", "device": device} if settings.load_in_4bit else {}
-    return load(settings.model_path, dtype=dtype, attn_implementation=settings.attn_implementation, **four)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    if settings.load_in_4bit:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        options |= {"quantization": "4bit", "device": device}
+    return load(settings.model_path, **options)
 
 
 def adapted(model: nn.Module, settings: Settings) -> PeftModel:
@@ -67,6 +84,10 @@ def adapted(model: nn.Module, settings: Settings) -> PeftModel:
         raise SettingsError(
             "use_lora needs a base model in a folder, which its adapter can name: write it with ovisnb.save, and give "
             "that folder as model_path."
+        )
+    if settings.load_in_4bit and not is_quantized(model):
+        raise SettingsError(
+            'load_in_4bit is for a base that the run opens itself: give model_path, or ovisnb.load(..., quantization="4bit").'
         )
     whole = saved_modules(model, settings.lora_modules_to_save)
     targets = target_modules(model, settings)
@@ -93,6 +114,11 @@ def adapted(model: nn.Module, settings: Settings) -> PeftModel:
             if isinstance(module, ModulesToSaveWrapper):
                 module.modules_to_save.float()
     return model
+
+
+def load_weights(model: PeftModel, folder: str | os.PathLike) -> None:
+    """Put the weights of an adapter folder, one of the same settings, into a model's adapter."""
+    set_peft_model_state_dict(model, load_file(os.path.join(folder, ADAPTER_WEIGHTS)), adapter_name=ADAPTER)
 
 
 def target_modules(model: nn.Module, settings: Settings) -> str:
