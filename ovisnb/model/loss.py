@@ -19,11 +19,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 IGNORED = -100
 CHUNK_BYTES = 128 * 2**20  # float32 logits, or visual words, that exist at one time
+CUDA_CHUNKS = 4  # so many times as much on a GPU: each chunk reads the whole weight, and fewer rows would wait for it
 
 
-def rows_at_once(words: int) -> int:
-    """How many rows of `words` float32 numbers fit in CHUNK_BYTES; at least 1."""
-    return max(1, CHUNK_BYTES // (4 * words))
+def rows_at_once(words: int, device: torch.device | str = "cpu") -> int:
+    """How many rows of `words` float32 numbers a chunk holds; at least 1."""
+    size = CHUNK_BYTES * (CUDA_CHUNKS if torch.device(device).type == "cuda" else 1)
+    return max(1, size // (4 * words))
 
 
 def calls_are_counted(*modules: nn.Module) -> bool:
@@ -71,7 +73,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, label_smoothing: float, wanted: bool):
         to_hidden, to_weight, to_bias = (wanted and needed for needed in ctx.needs_input_grad[:3])
-        words, rows = len(weight), rows_at_once(len(weight))
+        words, rows = len(weight), rows_at_once(len(weight), hidden.device)
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         # a sum over many chunks must not round to bfloat16 each time
         exact = torch.promote_types(weight.dtype, torch.float32)
@@ -135,7 +137,7 @@ def summed_loss(
     def piece_loss(piece: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return cross_entropy(head(piece), target, label_smoothing)
 
-    rows = max(1, len(hidden)) if calls_are_counted(head) else rows_at_once(words)
+    rows = max(1, len(hidden)) if calls_are_counted(head) else rows_at_once(words, hidden.device)
     # no token still makes one piece, and so one call
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
     return sum(checkpoint(piece_loss, *pair, use_reentrant=False) for pair in pieces)

@@ -334,7 +334,7 @@ class Ovis2_5VisionModel(PreTrainedModel):
         the head and the table equally often."""
         below = merged.requires_grad or any(trains(part) for part in (self.head_linear, self.head_norm, table))
         one_call = calls_are_counted(self.head_linear, self.head_norm, table)
-        rows = len(merged) if one_call else rows_at_once(self.head_linear.out_features)
+        rows = len(merged) if one_call else rows_at_once(self.config.vocab_size - INDICATORS, merged.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and below):
             pieces = [
                 checkpoint(lambda piece: table(self.words(piece)), piece, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""One of two processes that train the golden checkpoint together: torchrun distributed_worker.py ddp|zero3 FOLDER.
+"""One of two processes that train the golden checkpoint together: torchrun distributed_worker.py ddp|zero3|fsdp FOLDER.
 
 Writes FOLDER/rank.json (what it ran under) and FOLDER/rank.safetensors (the gradient of every step's parameters,
 "step/name", and what a batch evaluates to after them).
@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ovisnb.chat import collate, encode
-from ovisnb.model import load
+from ovisnb.model import load, loss
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "ovis2_5"
 # What each rank sees. A rank with pictures and a video must not run the vision tower once more than the other.
@@ -69,7 +70,13 @@ def supervised(encoded: list) -> int:
     return sum(int((sample.labels[1:] != -100).sum()) for sample in encoded)
 
 
+def whole(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient of which FSDP gave each rank a part."""
+    return grad.full_tensor() if isinstance(grad, distributed.tensor.DTensor) else grad
+
+
 def main(kind: str, folder: Path) -> None:
+    loss.CHUNK_BYTES = 8 * 2**10  # several chunks of unlike numbers on the two ranks
     if kind == "zero3":
         import deepspeed
         from deepspeed.utils import safe_get_full_grad
@@ -87,6 +94,15 @@ def main(kind: str, folder: Path) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=cut.config)
         stage = wrapped.zero_optimization_stage()
+    elif kind == "fsdp":
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (world,))
+        vision = model.model.vision_tower
+        units = [*vision.transformer.encoder.layers, *model.model.language_model.layers]
+        # the head and the table too: the number of their calls must not follow the number of a rank's visual tokens
+        for unit in (*units, vision.head_linear, model.model.visual_embeddings_table, model):
+            wrapped = fully_shard(unit, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        stage = None
     else:
         wrapped = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -98,14 +114,14 @@ def main(kind: str, folder: Path) -> None:
         batch = collate(per_rank[rank])
         # the mean over both ranks' tokens, as Trainer makes it: both wrappers average the ranks' gradients
         tokens = sum(supervised(encoded) for encoded in per_rank)
-        loss = wrapped(**batch, num_items_in_batch=tokens, use_cache=False).loss * world
+        mean = wrapped(**batch, num_items_in_batch=tokens, use_cache=False).loss * world
         if kind == "zero3":
-            wrapped.backward(loss)
+            wrapped.backward(mean)
             grads = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
             wrapped.step()
         else:
-            loss.backward()
-            grads = {name: p.grad for name, p in model.named_parameters()}
+            mean.backward()
+            grads = {name: whole(p.grad) for name, p in model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
         written |= {f"{step}/{name}": grad.detach().clone() for name, grad in grads.items() if grad is not None}

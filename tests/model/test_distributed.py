@@ -109,6 +109,13 @@ def test_a_batch_without_pictures_trains_under_ddp(tmp_path, alone):
     check(ranks, alone)
 
 
+def test_a_batch_without_pictures_trains_under_fsdp(tmp_path, alone):
+    ranks = train_together("fsdp", tmp_path, limit=600)
+    wrapper = "FSDPOvis2_5ForConditionalGeneration"
+    assert [seen for seen, _ in ranks] == [{"world_size": 2, "wrapper": wrapper, "stage": None}] * 2
+    check(ranks, alone)
+
+
 def test_a_batch_without_pictures_trains_under_zero3(tmp_path, alone):
     missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool, path=PATH)]
     if missing:
