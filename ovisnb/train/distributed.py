@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,8 @@ def held(folder: Path) -> Iterator[None]:
             pass  # a file system without locks
         yield
     finally:
+        with suppress(OSError):  # a DataLoader's workers may live on, and closing alone would leave them the lock
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
