@@ -59,8 +59,15 @@ class LanguageHead(nn.Linear):
             return super().forward(hidden)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        wanted = torch.is_grad_enabled()
-        return ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, targets, label_smoothing, wanted)
+        return chunked_cross_entropy(hidden, self.weight, self.bias, targets, label_smoothing)
+
+
+@torch.compiler.disable  # or the number of chunks is compiled in, anew for other numbers of tokens
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """Summed cross-entropy of hidden [tokens, size] @ weight[words, size].T + bias [words], a float32 scalar."""
+    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -96,6 +97,16 @@ def test_a_second_backward_is_refused(small_chunks):
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+def test_compiling_compiles_no_number_of_tokens(small_chunks):
+    head, counter = small_head(), CompileCounter()
+    compiled = torch.compile(head, backend=counter)
+    for tokens in (3, 9, 16, 40, 41):
+        hidden, targets = torch.randn(tokens, SIZE, requires_grad=True), torch.randint(WORDS, (tokens,))
+        found, wanted = compiled(hidden, targets), plain(head, hidden, targets, 0.0)
+        torch.testing.assert_close(gradients(found, hidden), gradients(wanted, hidden), rtol=1e-5, atol=1e-6)
+    assert counter.op_count <= 1
 
 
 def test_only_supervised_positions_are_taken():
