@@ -63,7 +63,12 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any] | No
     for key in FROM_SETTINGS:
         config.setdefault(key, "auto")
     for half in ("bf16", "fp16"):
-        config.setdefault(half, {}).setdefault("enabled", "auto")
+        section = config.setdefault(half, {})
+        if not isinstance(section, dict):
+            raise SettingsError(
+                f'deepspeed {wanted}: {half} is {section!r}, and it is an object such as {{"enabled": "auto"}}.'
+            )
+        section.setdefault("enabled", "auto")
     if stage == 3 and not zero.setdefault(GATHER, True):
         raise SettingsError(
             f"deepspeed {wanted}: {GATHER} is false, which would leave no model to open: set it to true."
