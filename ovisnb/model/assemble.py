@@ -88,7 +88,7 @@ def assemble(
     model.model.vision_tower = vision
     model.model.visual_embeddings_table = table
     model.model.language_model = language.base_model
-    model.lm_head = language.get_output_embeddings()
+    model.lm_head.weight = language.get_output_embeddings().weight  # in our head, which never makes whole logits
     model.tie_weights()
     processor = Ovis2_5Processor(
         Ovis2_5ImageProcessor(

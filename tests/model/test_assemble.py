@@ -24,6 +24,7 @@ from transformers import (
 
 from ovisnb.chat import collate, encode
 from ovisnb.model import assemble, load, save
+from ovisnb.model.loss import LanguageHead
 
 PIXELS = {"min_pixels": 32 * 32, "max_pixels": 96 * 96}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -122,6 +123,7 @@ def test_the_language_models_weights_are_kept(qwen, siglip):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert processor.visual_ids.all == (543, 544, 545, 546, 547)  # spare rows: nothing was resized
     assert model.config.vocab_size == 640
+    assert isinstance(model.lm_head, LanguageHead)  # the loss without whole logits
 
 
 @pytest.mark.parametrize("vision", ["siglip", "siglip2"])
