@@ -206,6 +206,23 @@ def check_compare(question, answer, objects):
     assert answer == ("Yes" if less == (relation in ("left of", "above")) else "No")
 
 
+def largest(objects):
+    *_, second, first = sorted(objects, key=lambda name: objects[name]["box"][2] - objects[name]["box"][0])
+    sides = [objects[name]["box"][2] - objects[name]["box"][0] for name in (first, second)]
+    assert sides[0] - sides[1] >= 3 / 64
+    return first
+
+
+def check_find_largest(question, answer, objects):
+    name, *edges = BOX.fullmatch(answer).groups()
+    assert question == "Find the largest object. Please provide the bounding box coordinates."
+    assert name == largest(objects) and edges == [three(edge) for edge in objects[name]["box"]]
+
+
+def check_name_largest(question, answer, objects):
+    assert (question, answer) == ("What is the largest object?", largest(objects))
+
+
 def check_read(question, answer, objects):
     noun, name = re.fullmatch(r"Which (letter|digit) is printed on the (.+)\?", question).groups()
     label = objects[name]["label"]
@@ -274,7 +291,14 @@ CHECKS = {
     "count": check_count,
     "compare": check_compare,
     "read": check_read,
+    "find_largest": check_find_largest,
+    "name_largest": check_name_largest,
 }
+
+
+def test_the_largest_is_asked_for_only_where_it_is_named():
+    kinds = {kind for record in records("train", count=200, size=64) for kind in record.meta["kinds"]}
+    assert kinds == set(shapes_text.KINDS) - {"read", "find_largest", "name_largest"}  # no label is drawn at 64 pixels
 
 
 def test_kinds_come_by_their_weights():
