@@ -8,6 +8,7 @@ padding(lengths, batches).share                                          # 0.03:
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -65,13 +66,7 @@ def plan_batches(
 
     Raises ValueError for a sample that is over a budget by itself.
     """
-    for index, (tokens, images) in enumerate(lengths):
-        for needs, limit, name in ((tokens, max_tokens, "tokens"), (images, max_images, "images")):
-            if limit is not None and needs > limit:
-                raise ValueError(
-                    f"sample {index} has {needs:,} {name}, more than max_{name} {limit:,}: "
-                    f"raise max_{name}, or shorten it with max_length or max_pixels"
-                )
+    _check_budgets(lengths, max_tokens, max_images)
     order, batches = list(range(len(lengths))), []
     chance = None if seed is None else random.Random(seed)
     window = max(len(order), 1)
@@ -87,6 +82,28 @@ def plan_batches(
     return batches
 
 
+def plan_rows(lengths: Sequence[Length], *, max_tokens: int) -> list[list[int]]:
+    """Indices of all samples in packed rows, whose samples' tokens add up to at most `max_tokens`.
+
+    Each sample, the longest first, goes where it leaves the least room (best fit decreasing: at most 11/9 of the fewest
+    rows there can be, and one; Johnson 1973). Raises ValueError for a sample that is over the budget by itself.
+    """
+    _check_budgets(lengths, max_tokens, None)
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), the fullest row first; those that take no more are left out
+    least = min((length.tokens for length in lengths), default=0)
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index].tokens, reverse=True):
+        tokens = lengths[index].tokens
+        at = bisect_left(room, (tokens, 0))
+        left, row = room.pop(at) if at < len(room) else (max_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        if left - tokens >= least:
+            insort(room, (left - tokens, row))
+    return rows
+
+
 def padding(lengths: Sequence[Length], batches: Iterable[Sequence[int]]) -> Padding:
     """What the batches take beyond the samples' own tokens, each sample padded to the longest of its batch."""
     tokens = padded = 0
@@ -95,6 +112,17 @@ def padding(lengths: Sequence[Length], batches: Iterable[Sequence[int]]) -> Padd
         tokens += sum(rows)
         padded += len(rows) * max(rows, default=0)
     return Padding(tokens, padded - tokens)
+
+
+def _check_budgets(lengths: Sequence[Length], max_tokens: int, max_images: int | None) -> None:
+    """ValueError for a sample that is over a budget by itself."""
+    for index, (tokens, images) in enumerate(lengths):
+        for needs, limit, name in ((tokens, max_tokens, "tokens"), (images, max_images, "images")):
+            if limit is not None and needs > limit:
+                raise ValueError(
+                    f"sample {index} has {needs:,} {name}, more than max_{name} {limit:,}: "
+                    f"raise max_{name}, or shorten it with max_length or max_pixels"
+                )
 
 
 def _filled(

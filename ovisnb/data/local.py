@@ -28,7 +28,7 @@ from typing import Any
 from ovisnb.data.files import written
 from ovisnb.data.formats import Options, read_entries, record_of
 from ovisnb.data.formats.info import DataSet, mixed, sets_of
-from ovisnb.data.formats.rows import kind_of
+from ovisnb.data.formats.rows import Row, kind_of
 from ovisnb.data.media import Folder
 from ovisnb.data.pieces import files_of
 from ovisnb.data.record import Record, RecordError
@@ -47,7 +47,8 @@ class LocalRecords(Sequence[Record]):
     default a folder in that of Hugging Face's datasets. Several processes may open the same files at once: one reads,
     and the others wait for it.
 
-    Raises RecordError, one sentence with file and line, where `read_records` would. Pictures are not opened.
+    Raises RecordError, one sentence with file and line, where `read_records` would: at once, or, with `keep_bad`, when
+    that record is asked for. Pictures are not opened.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class LocalRecords(Sequence[Record]):
         template: str | None = None,
         names: str | None = None,
         cache_folder: str | os.PathLike[str] | None = None,
+        keep_bad: bool = False,
     ):
         from datasets import concatenate_datasets, config
 
@@ -69,7 +71,7 @@ class LocalRecords(Sequence[Record]):
         for path in files_of(paths):
             sets, ranges = sets_of(path, names=names, format=format, template=template), []
             for data_set in sets:
-                tables.append(_open(data_set, data_set.options(image_folder, template), cache, held))
+                tables.append(_open(data_set, data_set.options(image_folder, template), cache, held, keep_bad))
                 ranges.append(range(start, start := start + len(tables[-1])))
             if sets[0].weight is None:
                 self.numbers.extend(chain.from_iterable(ranges))
@@ -104,20 +106,20 @@ class LocalRecords(Sequence[Record]):
                 yield _record(row)
 
 
-def _open(data_set: DataSet, options: Options, cache: Path, held: ExitStack) -> Any:
+def _open(data_set: DataSet, options: Options, cache: Path, held: ExitStack, keep_bad: bool) -> Any:
     """The table of one data file as a datasets.Dataset, written first if it is not there, and `held` open."""
     from datasets import Dataset
 
     if kind_of(data_set.path) == "tar":  # a table would hold all of its pictures once more
         raise RecordError(f"{data_set.path} is a tar, which is only streamed: set streaming, or use RecordStream")
-    source, version = _key(data_set, options)
+    source, version = _key(data_set, options, keep_bad)
     file = cache / f"{source}-{version}.arrow"
     if not _hold(file, held):
         with _alone(cache, source):
             if not file.exists():
                 for older in cache.glob(f"*{source}-*"):
                     _remove(older)
-                _write(file, data_set, options)
+                _write(file, data_set, options, keep_bad)
             _hold(file, held)
     return Dataset.from_file(str(file))
 
@@ -163,7 +165,7 @@ def _remove(file: Path) -> None:
         file.unlink()
 
 
-def _key(data_set: DataSet, options: Options) -> tuple[str, str]:
+def _key(data_set: DataSet, options: Options, keep_bad: bool) -> tuple[str, str]:
     """What a table is known by: digests of where its rows come from, and of the version of the file and the readers."""
     folder = options.image_folder
     source = [
@@ -173,6 +175,7 @@ def _key(data_set: DataSet, options: Options) -> tuple[str, str]:
         data_set.folder,
         options.template,
         folder and (os.path.abspath(folder), getattr(folder, "allow_absolute", False)),
+        keep_bad,
     ]
     told = data_set.path.stat()
     # the second time, of the file's own change, is that of a file that keeps the first: `cp -p`, `mv` over another
@@ -189,38 +192,53 @@ def _reader_version() -> str:
     return digest.hexdigest()
 
 
-def _write(file: Path, data_set: DataSet, options: Options) -> None:
+def _write(file: Path, data_set: DataSet, options: Options, keep_bad: bool) -> None:
     """The table of a data file: whole, under its name, or not at all."""
     import pyarrow as pa
 
     fields = {"record": pa.binary(), "pictures": pa.list_(pa.binary()), "source": pa.string()}
-    schema = pa.schema({**fields, "folder": pa.string(), "notes": pa.list_(pa.string())})
-    before = _key(data_set, options)
+    schema = pa.schema({**fields, "folder": pa.string(), "notes": pa.list_(pa.string()), "bad": pa.string()})
+    before = _key(data_set, options, keep_bad)
     with written(file) as out:
         with pa.ipc.new_stream(out, schema) as writer:
-            for rows in _batches(_rows(data_set, options)):
+            for rows in _batches(_rows(data_set, options, keep_bad)):
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-        if _key(data_set, options) != before:
+        if _key(data_set, options, keep_bad) != before:
             raise RecordError(f"{data_set.path} changed while it was read: start again")
         out.flush()
         os.fsync(out.fileno())  # the name must not outlive a power cut that the contents do not
 
 
-def _rows(data_set: DataSet, options: Options) -> Iterator[dict[str, Any]]:
-    """Each record of a file, checked, as a row of its table."""
+def _rows(data_set: DataSet, options: Options, keep_bad: bool) -> Iterator[dict[str, Any]]:
+    """Each record of a file, checked, as a row of its table; with `keep_bad` what is wrong with it in its place."""
     rows = read_entries(
         data_set.path, image_folder=options.image_folder, format=data_set.format, template=options.template
     )
     for index, row in enumerate(rows):
-        record = record_of(row, index, options)
-        pictures: list[bytes] = []
-        yield {
-            "record": _to_json({**row.entry, "id": record.id}, pictures, record),
-            "pictures": pictures,
-            "source": record.source,
-            "folder": data_set.folder or record.folder,
-            "notes": list(record.notes),
-        }
+        try:
+            yield _row(row, index, data_set, options)
+        except RecordError as error:
+            if not keep_bad:
+                raise
+            yield {
+                "record": b"",
+                "pictures": [],
+                "source": f"{options.path}:{row.line}",
+                "notes": [],
+                "bad": str(error),
+            }
+
+
+def _row(row: Row, index: int, data_set: DataSet, options: Options) -> dict[str, Any]:
+    record = record_of(row, index, options)
+    pictures: list[bytes] = []
+    return {
+        "record": _to_json({**row.entry, "id": record.id}, pictures, record),
+        "pictures": pictures,
+        "source": record.source,
+        "folder": data_set.folder or record.folder,
+        "notes": list(record.notes),
+    }
 
 
 def _to_json(entry: dict, pictures: list[bytes], record: Record) -> bytes:
@@ -252,7 +270,9 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _record(values: dict[str, Any]) -> Record:
-    """The record of a row of the table."""
+    """The record of a row of the table; RecordError in the place of a bad one."""
+    if values["bad"] is not None:
+        raise RecordError(values["bad"])
     pictures = values["pictures"]
 
     def with_bytes(value: dict) -> Any:

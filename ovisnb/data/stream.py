@@ -92,12 +92,23 @@ class RecordStream:
         return self.epoch + min(0.0 if source.ended else source.share for source in self.sources)
 
     def __iter__(self) -> Iterator[Record]:
+        for record in self.with_errors():
+            if isinstance(record, RecordError):
+                raise record
+            yield record
+
+    def with_errors(self) -> Iterator[Record | RecordError]:
+        """The records of a loop, and in the place of one that is not sound the error that a loop would raise."""
         while not all(source.ended for source in self.sources):
             source = self._drawn()
             found = source.next(self)
             if found is not None:  # a set at its end keeps its turn, or small ones would come too seldom
                 self.drawn += 1
-                yield _record(*found)
+                try:
+                    record = _record(*found)
+                except RecordError as error:
+                    record = error
+                yield record
         self.epoch += 1
         for source in self.sources:
             source.ended = False

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from ovisnb.data.files import written
+from ovisnb.train.checkpoints import told_when_full
+from ovisnb.train.stopping import is_best
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,14 +44,8 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step and state.global_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # A checkpoint remembers the last log, so a log at its step makes the counters exact after a resume.
-        if control.should_save:
-            control.should_log = True
+        with told_when_full(self.path, self.path.parent), written(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
@@ -57,7 +54,9 @@ class MetricsFile(TrainerCallback):
         for name, value in logs.items():
             # JSON has no NaN and no infinity
             line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-        with self.path.open("a", encoding="utf-8") as file:
+        if "eval_loss" in logs and is_best(args, state, logs):
+            line["best"] = True
+        with told_when_full(self.path, self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(

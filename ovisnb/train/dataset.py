@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ovisnb.chat import Encoded, collate, encode
+from ovisnb.chat.template import chat_tokens
 from ovisnb.data.base import where
 from ovisnb.data.local import LocalRecords
 from ovisnb.data.media import ImageFolder
 from ovisnb.data.pieces import with_line
 from ovisnb.data.record import Record, RecordError
 from ovisnb.data.stream import RecordStream
+from ovisnb.train.faults import Skipped, sound
 from ovisnb.train.settings import Settings
 
 
@@ -34,7 +36,7 @@ class Encoder:
     processor: Any
     settings: Settings
 
-    def __call__(self, record: Record | dict) -> Encoded:
+    def __call__(self, record: Record | dict, pixels: bool = True) -> Encoded:
         settings = self.settings
         if isinstance(record, dict):
             try:
@@ -53,11 +55,24 @@ class Encoder:
                 min_frames=settings.min_frames,
                 max_frames=settings.max_frames,
                 max_length=settings.multimodal_max_length if has_media else settings.text_max_length,
+                pixels=pixels,
             )
         except (ValueError, OSError) as error:
             said = error.message if isinstance(error, RecordError) else str(error)
             place = where(record.id, with_line(record.source))  # a stream knows the byte
             raise RecordEncodingError(f"{place}: {said}") from error
+
+    def sample(self, read: Callable[[], Record | dict]) -> Encoded | Skipped:
+        """The sample of the record that `read` gives; a bad one raises, or is Skipped, as on_bad_record says."""
+        try:
+            try:
+                return self(read())
+            except RecordError as error:  # from reading it
+                raise RecordEncodingError(str(error)) from error
+        except RecordEncodingError as error:
+            if self.settings.on_bad_record == "fail":
+                raise
+            return Skipped(str(error), chat_tokens(self.processor).pad)
 
 
 class EncodedRecords(Dataset):
@@ -69,8 +84,8 @@ class EncodedRecords(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Encoded:
-        return self.encoder(self.records[index])
+    def __getitem__(self, index: int) -> Encoded | Skipped:
+        return self.encoder.sample(lambda: self.records[index])
 
 
 class EncodedStream(IterableDataset):
@@ -79,10 +94,11 @@ class EncodedStream(IterableDataset):
     def __init__(self, records: Any, encoder: Encoder):
         self.records, self.encoder = records, encoder
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Encoded | Skipped]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return map(self.encoder, islice(self.records, first, None, step))
+        for record in islice(self.records, first, None, step):
+            yield self.encoder.sample(lambda record=record: record)
 
 
 def encoded_dataset(records: Any, encoder: Encoder) -> EncodedRecords | EncodedStream:
@@ -109,7 +125,11 @@ def open_records(
         "template": settings.caption_template,
         "names": names,
     }
-    return RecordStream(paths, **reading, seed=settings.seed) if streaming else LocalRecords(paths, **reading)
+    return (
+        RecordStream(paths, **reading, seed=settings.seed)
+        if streaming
+        else LocalRecords(paths, **reading, keep_bad=settings.on_bad_record == "skip")
+    )
 
 
 def notes_of(records: Any, most: int = 3) -> list[str]:
@@ -122,9 +142,12 @@ def notes_of(records: Any, most: int = 3) -> list[str]:
     return [*shown, f"reading changed {more:,} records more: ovisnb data validate lists them"] if more else shown
 
 
-def collate_samples(samples: list[Encoded]) -> dict[str, Any]:
-    """A batch for the model, the samples' "ids", and "dropped": the sentences saying what truncation took from them."""
-    batch = collate(samples)
-    batch["ids"] = [sample.id for sample in samples]
-    batch["dropped"] = [f"Record {sample.id}: {sentence}" for sample in samples for sentence in sample.dropped]
+def collate_samples(samples: list[Encoded | Skipped], packed: bool = False) -> dict[str, Any]:
+    """A batch for the model, the samples' "ids", and sentences: what truncation took from them ("dropped"), and why
+    others were left out ("skipped"). A blank sample stands where none is left."""
+    there, skipped = sound(samples)
+    batch = collate(there or [samples[0].blank()], packed=packed)
+    batch["ids"] = [sample.id for sample in there]
+    batch["dropped"] = [f"Record {sample.id}: {sentence}" for sample in there for sentence in sample.dropped]
+    batch["skipped"] = skipped
     return batch

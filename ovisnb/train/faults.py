@@ -9,6 +9,7 @@ stops the run before the optimizer takes it over into the weights.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from ovisnb.chat import Encoded
 from ovisnb.chat.template import IGNORE_INDEX
 
 SHOWN = 3
 JUDGED = 100
-"""So many records are looked at before a run is stopped because most of them are bad."""
+"""A run is stopped when more than half of so many records, one after the other, are bad."""
 SKIPPED_STEPS = 50
 """float16's scale is halved with every step that overflows: after so many in a row it is 0 and nothing trains."""
 
@@ -59,11 +61,12 @@ class BadRecords:
 
     def __init__(self, records: int | None, kind: str = "training", shown: int = SHOWN):
         """`records`: how many there are for this process, None if that is not known; `shown`: how many are told."""
-        self.judged = min(JUDGED, records or JUDGED)
+        self.records = min(JUDGED, records or JUDGED)
         self.kind, self.shown, self.good, self.bad = kind, shown, 0, 0
+        self._last: deque[bool] = deque(maxlen=JUDGED)
 
     def note(self, good: int, sentences: Sequence[str]) -> None:
-        """Count those of a batch; BadDataError when more than half of the first hundred, or of all so far, were bad."""
+        """Count those of a batch; BadDataError when more than half of the last hundred were bad, or all there are."""
         for sentence in sentences:
             self.bad += 1
             if self.bad <= self.shown:
@@ -71,20 +74,21 @@ class BadRecords:
             if self.bad == self.shown:
                 print("further records that are left out are counted and not shown", flush=True)
         self.good += good
-        if sentences and self.bad > self.good and self.good + self.bad >= self.judged:
+        self._last.extend([False] * good + [True] * len(sentences))
+        bad, last = sum(self._last), len(self._last)
+        if sentences and (2 * bad > last == JUDGED or (not self.good and self.bad >= self.records)):
             raise BadDataError(
-                f"{self.bad:,} of the first {self.good + self.bad:,} {self.kind} records cannot be used, the last one "
-                f"because of {sentences[-1].rstrip('.')}: correct the data or image_folder (ovisnb data validate lists "
-                "what is wrong)."
+                f"{bad:,} of the last {last:,} {self.kind} records cannot be used, the last one because of "
+                f"{sentences[-1].rstrip('.')}; correct the data or image_folder: ovisnb data validate lists what is wrong."
             )
 
 
-class StopOnNaN:
+class StopOnNaN(TrainerCallback):
     """Stops a run before a step that would spoil its weights, naming the samples it comes from.
 
     begin(ids) opens an optimizer step with the ids of the samples of each of its forwards, note(loss) follows each
     forward, and check() comes before the optimizer's step: it waits for the device, once. Every process calls all of
-    them, and every process stops.
+    them, and every process stops. As a callback it sees the steps that float16's scaler leaves out.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -134,6 +138,9 @@ class StopOnNaN:
             "at these records, lower learning_rate, add warmup_steps or use bf16 in place of fp16, and the same "
             "command continues from the last checkpoint."
         )
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.stepped(state.global_step + 1)
 
     def stepped(self, step: int) -> None:
         """After the optimizer's step: FloatingPointError when float16's scaler has left out too many in a row."""

@@ -26,6 +26,7 @@ class Guarded:
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.args.load_best_model_at_end = settings.load_best_model_at_end
         self.nan = StopOnNaN(self.accelerator)
+        self.add_callback(self.nan)
         self.bad: dict[str, BadRecords] = {}
         self.skipped_before = 0
         self.saved_step = -1

@@ -8,7 +8,8 @@ The run folder (output_dir) then holds
                      supervised_tokens, seconds (all four since the run began), or step, epoch, eval_loss
     tensorboard/     the same for tensorboard
     checkpoint-N/    model, processor and optimizer: ovisnb.load opens it, and a stopped run continues from it
-    final/           the trained model in the native layout; it appears whole or not at all
+    final/           the trained model in the native layout, of stages 1 and 2 as pytorch_model.bin; it appears whole
+                     or not at all
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from ovisnb.data.files import write_json
@@ -31,13 +34,20 @@ from ovisnb.data.stream import RecordStream
 from ovisnb.model import load, save
 from ovisnb.train.arguments import training_arguments
 from ovisnb.train.callbacks import MetricsFile, ProgressLines
+from ovisnb.train.checkpoints import bytes_of, last_checkpoint, step_of, told_when_full
 from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, notes_of, open_records
+from ovisnb.train.distributed import CleanStop, check_free, held, whole_weights
+from ovisnb.train.launch import LAUNCHED
+from ovisnb.train.lora import LORA_SHAPE, adapted, load_weights, trained_shares
 from ovisnb.train.modules import freeze
 from ovisnb.train.settings import Settings, SettingsError
+from ovisnb.train.start import starting_model
+from ovisnb.train.stopping import best_in, best_of, stopped_early, stopping
 from ovisnb.train.stream import PLACES, EpochOfStream, Places, StreamSamples
 from ovisnb.train.trainer import COUNT, SftTrainer, count_of
 
-OPTIMIZER_SETTINGS = {"train_modules", "freeze_llm", "freeze_vision_tower", "optim"}  # they shape the optimizer's state
+# they shape the optimizer's state
+OPTIMIZER_SETTINGS = {"train_modules", "freeze_llm", "freeze_vision_tower", "optim", *LORA_SHAPE}
 
 
 def run_sft(
@@ -62,7 +72,7 @@ def run_sft(
     FloatingPointError when the loss is no number any more.
     """
     folder = Path(settings.output_dir)
-    if not settings.resume and folder.exists() and any(folder.iterdir()):
+    if not settings.resume and folder.exists() and any(path.name not in LAUNCHED for path in folder.iterdir()):
         raise SettingsError(f"{folder} is not empty and resume is false: choose another output_dir, or resume.")
     records, eval_records = _records(settings, train_dataset, eval_dataset)
     if not hasattr(records, "__len__") and settings.max_steps < 1:
@@ -70,21 +80,27 @@ def run_sft(
     streams = isinstance(records, RecordStream)
     if (model is None) != (processor is None):
         raise SettingsError("model and processor come together: pass both or neither.")
-    if (model is None) == (settings.model_path is None):
+    named = settings.model_path or settings.llm_name_or_path
+    if (model is None) == (named is None):
         raise SettingsError("Give the model to start from, either as model_path or as model and processor.")
     if settings.dataloader_num_workers:
         # workers are forked, and tokenizers' threads do not survive that
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = training_arguments(settings, evaluates=eval_records is not None)
+    checkpoint = last_checkpoint(folder, tell=print if arguments.process_index == 0 else None)
     if model is None:
-        # Weights stay in float32 while they train: steps of 1e-5 vanish in bfloat16's 8 bits.
         with _no_bars():
-            model, processor = load(
-                settings.model_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
-            )
-    trained = freeze(model, settings)
+            model, processor = starting_model(settings, checkpoint, arguments)
+    if isinstance(model, PeftModel):
+        raise SettingsError(
+            "The model to start from is an adapter over its base: merge it with ovisnb merge, or start from the base."
+        )
+    if settings.use_lora:
+        model = adapted(model, settings)
+        trained = {part: count for part, (count, _) in trained_shares(model).items()}
+    else:
+        trained = freeze(model, settings)
 
-    checkpoint = last_checkpoint(folder)
     changes = _changes(folder / "settings.json", settings) if checkpoint else {}
     for name in OPTIMIZER_SETTINGS & changes.keys():  # read by every process before the first one writes
         raise SettingsError(
@@ -98,6 +114,7 @@ def run_sft(
         raise SettingsError(f"{checkpoint} was trained on a stream: choose another output_dir, or streaming.")
     if arguments.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        check_free(folder)
         if changes:
             told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
             print(f"settings changed since then: {told}")
@@ -119,50 +136,58 @@ def run_sft(
         samples = StreamSamples(part, encoder, places)
     else:
         samples = encoded_dataset(records, encoder)
-    trainer = SftTrainer(
+    trainer = _trainer_class(settings)(
         model=model,
         args=arguments,
         processor=processor,
         settings=settings,
-        data_collator=collate_samples,
+        data_collator=partial(collate_samples, packed=settings.packing),
         train_dataset=samples,
         eval_dataset=None if eval_records is None else encoded_dataset(eval_records, encoder),
         callbacks=[
             MetricsFile(folder / "metrics.jsonl"),
             ProgressLines(),
+            *stopping(settings),
             *([EpochOfStream(places)] if streams else []),
             *_tensorboard(settings, checkpoint),
             *callbacks,
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if checkpoint and _step(checkpoint) >= trainer.planned_steps():
+    if checkpoint and (step_of(checkpoint) >= trainer.planned_steps() or stopped_early(checkpoint, settings)):
         # Trainer would take one step more
         print(f"{checkpoint.name} is the end of this run: nothing is left to train", flush=True)
         if (folder / "final").exists():
             return folder
-        trainer.model, _ = load(checkpoint)
+        unset_hf_deepspeed_config()  # the weights whole, not in ZeRO-3's parts
+        best = best_of(checkpoint) if settings.load_best_model_at_end else None
+        finished = best.checkpoint if best else checkpoint
+        if settings.use_lora:
+            load_weights(trainer.model, finished)
+        else:
+            trainer.model, _ = load(finished)
     else:
-        with _no_bars():
+        stop = CleanStop(trainer, settings)
+        trainer.add_callback(stop)
+        with _no_bars(), held(folder), stop.watching(), told_when_full(folder, folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_world_process_zero():
-        with _no_bars():
-            save(trainer.accelerator.unwrap_model(trainer.model), processor, folder / "final", layout="native")
-        print(f"saved {folder / 'final'}", flush=True)
+        stop.raise_if_stopped()
+        best = best_in(trainer.state) if settings.load_best_model_at_end else None
+    with whole_weights(trainer) as trained_model:
+        if trainer.is_world_process_zero():
+            final = folder / "final"
+            with _no_bars(), told_when_full(final, folder, takes=bytes_of(trained_model)):
+                save(trained_model, processor, final, safe=settings.stage not in (1, 2))
+            print(f"saved {final}" + (f": {best}" if best else ""), flush=True)
     return folder
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint-N of a run folder that was written to its end, or None.
+def _trainer_class(settings: Settings) -> type[SftTrainer]:
+    if settings.trainer == "transformers":
+        return SftTrainer
+    from ovisnb.train.trl_trainer import TrlSftTrainer  # TRL's trainer takes seconds to import
 
-    Trainer writes trainer_state.json last, so a checkpoint cut short by a killed run has none.
-    """
-    complete = []
-    for path in Path(folder).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and (path / "optimizer.pt").is_file() and _is_json(path / "trainer_state.json"):
-            complete.append((int(number), path))
-    return max(complete)[1] if complete else None
+    return TrlSftTrainer
 
 
 def _changes(file: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
@@ -206,7 +231,7 @@ def _tensorboard(settings: Settings, checkpoint: Path | None) -> Iterable[Traine
     from torch.utils.tensorboard import SummaryWriter
 
     # what a stopped run wrote after its checkpoint is hidden
-    step = _step(checkpoint) + 1 if checkpoint else None
+    step = step_of(checkpoint) + 1 if checkpoint else None
     return [TensorBoardCallback(SummaryWriter(Path(settings.output_dir) / "tensorboard", purge_step=step))]
 
 

@@ -7,6 +7,7 @@ next worker, in the order of the run that was never stopped.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 
 from ovisnb.chat import Encoded
-from ovisnb.data.record import RecordError
+from ovisnb.data.record import Record, RecordError
 from ovisnb.data.stream import RecordStream
 from ovisnb.train.dataset import Encoder, RecordEncodingError, collate_samples
+from ovisnb.train.faults import Skipped
 from ovisnb.train.settings import SettingsError
 
 PLACES = "data_position.json"
@@ -41,7 +43,7 @@ class StreamSamples(IterableDataset):
     def __init__(self, stream: RecordStream, encoder: Encoder, places: Places):
         self.stream, self.encoder, self.places = stream, encoder, places
 
-    def __iter__(self) -> Iterator[tuple[Encoded, Place]]:
+    def __iter__(self) -> Iterator[tuple[Encoded | Skipped, Place]]:
         info = get_worker_info()
         workers = self.places.workers
         worker = (self.places.next + (info.id if info else 0)) % workers
@@ -50,10 +52,17 @@ class StreamSamples(IterableDataset):
             if self.places.states[worker] is not None:
                 stream.load_state_dict(self.places.states[worker])
             while True:
-                for record in stream:
-                    yield self.encoder(record), Place(worker, stream.state_dict(), stream.progress)
+                for record in stream.with_errors():
+                    sample = self.encoder.sample(functools.partial(_given, record))
+                    yield sample, Place(worker, stream.state_dict(), stream.progress)
         except RecordError as error:
             raise RecordEncodingError(str(error)) from error
+
+
+def _given(record: Record | RecordError) -> Record:
+    if isinstance(record, RecordError):
+        raise record
+    return record
 
 
 class Places:
@@ -75,8 +84,6 @@ class Places:
         """Write those of all processes into a checkpoint; every process calls this."""
         ranks = gather_object([{"next": self.next, "states": self.states, "progress": self.progress}])
         if arguments.process_index == 0:
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            # before what makes the checkpoint a complete one, which Trainer writes last
             (checkpoint / PLACES).write_text(json.dumps({"ranks": ranks}), encoding="utf-8")
 
     def load(self, checkpoint: Path, arguments: TrainingArguments) -> None:
@@ -106,18 +113,20 @@ class EpochOfStream(TrainerCallback):
         state.epoch = sum(self.places.progress) / self.places.workers
 
 
-def collate_places(items: list[tuple[Encoded, Place]]) -> dict[str, Any]:
+def collate_places(items: list[tuple[Encoded | Skipped, Place]], packed: bool = False) -> dict[str, Any]:
     """A batch as `collate_samples` makes it, and under "place" where its worker stands after it."""
     samples, places = zip(*items, strict=True)
-    return collate_samples(list(samples)) | {"place": places[-1]}
+    return collate_samples(list(samples), packed=packed) | {"place": places[-1]}
 
 
-def stream_loader(dataset: StreamSamples, batch_size: int, arguments: TrainingArguments) -> DataLoader:
-    """The batches of a stream; not accelerate's, which would share them out once more."""
+def stream_loader(
+    dataset: StreamSamples, batch_size: int, arguments: TrainingArguments, packed: bool = False
+) -> DataLoader:
+    """The batches of a stream, `packed` or padded; not accelerate's, which would share them out once more."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=collate_places,
+        collate_fn=functools.partial(collate_places, packed=packed),
         num_workers=arguments.dataloader_num_workers,
         pin_memory=arguments.dataloader_pin_memory,
         # its own: drawing from the global generator would set a continued run's dropout off by one draw

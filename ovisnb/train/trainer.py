@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
 from ovisnb.data.files import write_json
+from ovisnb.model.adapters import write_adapter
+from ovisnb.train.batches import PlannedBatches, planned_batches, planned_loader, plans
 from ovisnb.train.callbacks import last_counts
+from ovisnb.train.guard import Guarded
+from ovisnb.train.modules import parameter_groups
 from ovisnb.train.settings import Settings
 from ovisnb.train.stream import StreamSamples, stream_loader
 from ovisnb.train.vision_cache import VisionCache
@@ -24,15 +29,17 @@ SHOWN_TRUNCATIONS = 3
 COUNT = "data_records.json"
 
 
-class Counting:
+class Counting(Guarded):
     """Over a Trainer: counts what it saw, weighs eval_loss by tokens, and saves the processor with the model."""
 
     def __init__(self, *args: Any, processor: Any, settings: Settings, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.processor, self.settings = processor, settings
+        super().__init__(*args, settings=settings, **kwargs)
+        self.processor = processor
+        self.model_accepts_loss_kwargs = settings.accepts_loss_kwargs
         self.seen: dict[str, Any] | None = None
         self.truncated = 0
         self.vision_cache: VisionCache | None = None
+        self.batches: PlannedBatches | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.seen = None
@@ -47,28 +54,41 @@ class Counting:
 
     def get_train_dataloader(self) -> Any:
         if isinstance(self.train_dataset, StreamSamples):
-            return stream_loader(self.train_dataset, self._train_batch_size, self.args)
-        return super().get_train_dataloader()
+            return stream_loader(self.train_dataset, self._train_batch_size, self.args, self.settings.packing)
+        if not plans(self.settings):
+            return super().get_train_dataloader()
+        if self.batches is None:
+            arguments = self.args
+            self.batches = planned_batches(
+                self.train_dataset, self.settings, arguments.process_index, arguments.world_size
+            )
+        return planned_loader(self.train_dataset, self.batches, self.data_collator, self.args)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimizer step and their number of supervised tokens, counted on the way."""
         batches, supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.seen is None:
             self._begin_counting()
+        self.here["samples_seen"] += self.note_step(batches)
         for batch in batches:
-            batch.pop("ids")
             self._report_dropped(batch.pop("dropped"))
             if "place" in batch:
                 self.train_dataset.places.advance(batch.pop("place"))
-            self.seen["samples_seen"] += len(batch["input_ids"]) * self.args.world_size
-            self.seen["tokens_seen"] += batch["attention_mask"].sum() * self.args.world_size
+            mask = batch.get("attention_mask")  # a packed row has none: nothing in it is padding
+            tokens = batch["input_ids"].numel() if mask is None else mask.sum()
+            self.here["tokens_seen"] += tokens
         if supervised is not None:
             # a float tensor in some versions, which would lose count above 16.7 million
             self.seen["supervised_tokens"] += torch.as_tensor(supervised).round().long()
+            supervised = torch.as_tensor(supervised).clamp(min=1)  # none where every record was left out
         return batches, supervised
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            here = torch.stack([torch.as_tensor(value, device=self.args.device) for value in self.here.values()])
+            for name, value in zip(self.here, self.accelerator.reduce(here, "sum"), strict=True):
+                self.seen[name] += value
+                self.here[name] = 0
             # .item() only here: on a GPU it waits for the device
             logs |= {name: int(value) for name, value in self.seen.items()}
             logs["seconds"] = round(time.monotonic() - self._began, 3)
@@ -77,6 +97,7 @@ class Counting:
     def _begin_counting(self) -> None:
         """Start the counters at zero, or where the checkpoint's last log left them."""
         self.seen = last_counts(self.state.log_history)
+        self.here = {"samples_seen": 0, "tokens_seen": 0}  # of this process, since the last log
         self._began = time.monotonic() - self.seen.pop("seconds")
 
     def _report_dropped(self, sentences: list[str]) -> None:
@@ -96,10 +117,14 @@ class Counting:
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, **self.model_options(model.training)}, *args, **kwargs)
+
+    def model_options(self, training: bool) -> dict[str, Any]:
+        """What a forward is told besides its batch; eval_loss is that of the plain targets."""
+        smoothing = self.settings.label_smoothing_factor if training else 0.0
+        return {"use_cache": False, "skip_logits": True, "label_smoothing": smoothing}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs.pop("ids")
         self._report_dropped(inputs.pop("dropped"))
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
@@ -115,6 +140,15 @@ class Counting:
         output.metrics[f"{metric_key_prefix}_loss"] = total / tokens if tokens else math.nan
         return output
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, over one group for each module that has a rate of its own."""
+        if self.optimizer is None and self.settings.rates:
+            trained = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = parameter_groups(trained, self.settings, self.get_decay_parameter_names(trained))
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice (no biases, no norms) without embeddings: a rare row would shrink each step unseen."""
         embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -124,18 +158,23 @@ class Counting:
         # Trainer's count walks over every module in every step and knows nothing of the vision tower's patches.
         return 0
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+    def save_data_position(self, checkpoint: Path) -> None:
+        """How far a stream came, or how many records there are."""
         if isinstance(self.train_dataset, StreamSamples):
             self.train_dataset.places.save(checkpoint, self.args)
         elif self.is_world_process_zero():
             write_json(count_of(self.train_dataset), checkpoint / COUNT)
-        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            if self.args.should_save:
+                write_adapter(model, self.processor, folder, state_dict)
+            return
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.processor.save_pretrained(output_dir or self.args.output_dir)
+            self.processor.save_pretrained(folder)
 
 
 class SftTrainer(Counting, Trainer):
