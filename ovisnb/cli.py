@@ -198,16 +198,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _SettingsHelp(argparse.HelpFormatter):
-    """The help of `train`: every setting with its default, read from Settings only when somebody asks."""
+    """The help of `train`: every setting with its default, under headings, from Settings only when somebody asks."""
 
     def format_help(self) -> str:
         from ovisnb.train import Settings
 
-        lines = ["", "settings:"]
-        for name, field in Settings.model_fields.items():
-            head = f"  --{name} ({field.default!r})"
-            lines.append(f"{head:<48} {field.description or ''}".rstrip())
-        return super().format_help() + "\n".join(lines) + "\n"
+        return super().format_help() + Settings.help()
 
 
 def _as_json(answer: Any) -> dict[str, Any]:

@@ -70,6 +70,7 @@ CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] 
         lambda s: s.stage in ("grpo", "both"),
         "is for the grpo stage: give stage grpo or both, or remove it",
     ),
+    (("output_dir",), lambda s: s.stage != "grpo", "is grpo_output_dir in stage grpo: give that"),
     (("caption_template",), lambda s: s.data_type == "caption", 'is for data_type "caption": change one of them'),
     (("torch_compile_backend", "torch_compile_mode"), lambda s: s.torch_compile, "needs torch_compile"),
     (("dataloader_prefetch_factor",), lambda s: s.dataloader_num_workers > 0, "needs dataloader_num_workers"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ SPREAD = {
 FILES = ("model_config", "data_config", "sft_config", "grpo_config")
 
 
+HELP_WIDTH, HELP_INDENT = 116, 44
+
+
 class SettingsError(ValueError):
     """A setting that is unknown, has a bad value, or contradicts another; the message is one sentence."""
 
@@ -62,8 +66,25 @@ def known(name: str, fields: Iterable[str]) -> str:
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
     """The one of `names` that `name` most likely stands for, or None if it resembles none."""
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.65)
-    return near[0] if near else None
+    name = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.65)
+    return min(near, key=lambda each: edits(name, each), default=None)
+
+
+def edits(one: str, other: str) -> int:
+    """How many letters are to be put in, left out, changed or swapped with their neighbour to get from one to other.
+
+    Optimal string alignment, after Damerau 1964.
+    """
+    before, last = [], list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        row = [i]
+        for j, wanted in enumerate(other, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                row[-1] = min(row[-1], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
 
 
 def renamed(values: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
@@ -203,10 +224,18 @@ def help_page(fields: Mapping[str, FieldInfo], groups: Mapping[str, str]) -> str
         if name in heading:
             lines += ["", f"{heading[name]}:"]
         default = field.get_default(call_default_factory=True)
-        head = f"  --{name} ({'' if default is None else default})".replace(" ()", "")
-        lines.append(f"{head:<46} {field.description or ''}".rstrip())
+        shown = "" if default is None or default == [] else f" ({json.dumps(default).strip(chr(34))})"
+        lines += _entry(f"--{name}{shown}", field.description or "")
     lines += ["", "other names:"]
-    other = {**{alias: (name,) for alias, name in ALIASES.items()}, **SPREAD}
-    lines += [f"  {'--' + alias:<44} {', '.join(names)}" for alias, names in other.items()]
-    lines.append(f"  {', '.join('--' + file for file in FILES)}: JSON files of settings, merged; flags win")
+    for alias, names in ({alias: (name,) for alias, name in ALIASES.items()} | SPREAD).items():
+        lines += _entry(f"--{alias}", ", ".join(names))
+    lines += _entry(", ".join(f"--{file}" for file in FILES), "JSON files of settings; what stands beside them wins")
     return "\n".join(lines) + "\n"
+
+
+def _entry(head: str, text: str) -> list[str]:
+    """A name and its meaning beside it, or below it where the name is long."""
+    lines = textwrap.wrap(text, HELP_WIDTH - HELP_INDENT) or [""]
+    first = [] if len(head) < HELP_INDENT - 2 else [f"  {head}"]
+    lines[0] = lines[0] if first else f"{'  ' + head:<{HELP_INDENT}}{lines[0]}".rstrip()
+    return first + [line if line.startswith("  --") else " " * HELP_INDENT + line for line in lines if line]

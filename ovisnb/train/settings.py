@@ -74,7 +74,7 @@ class Settings(BaseModel):
         "conversation", description='"conversation", in any format that is read, or "caption" (picture and caption)'
     )
     caption_template: str | None = Field(
-        None, description='the question before a caption, with one <image>; None: the default of "caption" data'
+        None, description='the question before a caption, with one <image>; not given: the default of "caption" data'
     )
     on_bad_record: Literal["fail", "skip"] = Field(
         "fail", description="a record that cannot be read or encoded: stop, or leave it out and count it"
@@ -87,7 +87,7 @@ class Settings(BaseModel):
     vit_window_size: int = Field(112, ge=1, description="pixels on a side of a window of the vision attention")
     vit_temporal_patch_size: int = Field(1, ge=1, description="frames of one patch")
     vit_fullatt_block_indexes: str | None = Field(
-        None, description='vision blocks that attend beyond their window, such as "7|15"; None: all'
+        None, description='vision blocks that attend to the whole picture, such as "7|15"; not given: all'
     )
     vit_preserve_original_pe: bool = Field(True, description="keep the learned positions of the vision transformer")
     vit_use_rope: bool = Field(True, description="rotary positions in the vision transformer")
@@ -101,17 +101,21 @@ class Settings(BaseModel):
         description="1 (captions: last vision block, head, vte), 2 (everything), sft or 3 (instructions), grpo, or both "
         "(sft, then grpo); 1 and 2 save final/ as pytorch_model.bin",
     )
-    trainer: Literal["transformers", "trl"] = Field("transformers", description="Trainer, or TRL's SFTTrainer")
+    trainer: Literal["transformers", "trl"] = Field(
+        "transformers", description="transformers, or trl for its SFTTrainer"
+    )
     train_modules: str | None = Field(
         None,
         description=f'some of {", ".join(MODULES)}, joined by "|", each with its own learning rate if you like: '
-        '"visual_tokenizer.head:1e-4|llm:2e-5"; None: by stage, all but for stage 1',
+        '"visual_tokenizer.head:1e-4|llm:2e-5"; not given: all, and in stage 1 what that trains',
     )
     freeze_vision_tower: bool = Field(False, description="the vision transformer stays as it is")
     freeze_llm: bool = Field(False, description="the language model stays as it is")
 
     use_lora: bool = Field(False, description="train adapters; any lora_ setting turns it on")
-    lora_preset: Literal["llm", "llm+vision", "all-linear"] = Field("llm", description="where the adapters go")
+    lora_preset: Literal["llm", "llm+vision", "all-linear"] = Field(
+        "llm", description="where the adapters go: llm, llm+vision, all-linear"
+    )
     lora_target_modules: list[str] = Field(
         [], description="in place of lora_preset: names of the linear layers, several words or joined by commas"
     )
@@ -126,7 +130,7 @@ class Settings(BaseModel):
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps wins over it")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: num_train_epochs decides")
     per_device_train_batch_size: int = Field(1, ge=1, description="samples of one forward")
-    per_device_eval_batch_size: int | None = Field(None, ge=1, description="None: as in training")
+    per_device_eval_batch_size: int | None = Field(None, ge=1, description="not given: as in training")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forwards of one optimizer step")
     learning_rate: float = Field(2e-5, ge=0)
     lr_scheduler_type: str = Field("cosine", description="any name transformers has: linear, cosine, constant, ...")
@@ -144,14 +148,16 @@ class Settings(BaseModel):
 
     bf16: bool = Field(False, description="bfloat16 autocast over float32 weights")
     fp16: bool = Field(False, description="float16 autocast over float32 weights; needs a GPU")
-    tf32: bool | None = Field(None, description="TensorFloat-32 products on a GPU; None: as torch has it")
+    tf32: bool | None = Field(None, description="TensorFloat-32 products on a GPU; not given: as torch has it")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: less memory")
     memory_efficient: bool = Field(
         False, description="turns gradient_checkpointing on; the optimizer stays whole and where it is"
     )
-    attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2; None: the model's own")
+    attn_implementation: str | None = Field(
+        None, description="sdpa, eager, flash_attention_2; not given: the model's own"
+    )
     torch_compile: bool = Field(False, description="compile the model; the first steps take minutes")
-    torch_compile_backend: str | None = Field(None, description="None: inductor")
+    torch_compile_backend: str | None = Field(None, description="not given: inductor")
     torch_compile_mode: str | None = Field(None, description="default, reduce-overhead, max-autotune")
     torch_empty_cache_steps: int | None = Field(None, ge=1, description="steps between emptying the GPU's cache")
     vision_cache: str | None = Field(None, description="folder for the features of a vision part that does not train")
@@ -181,11 +187,11 @@ class Settings(BaseModel):
     video_min_pixels: int | None = Field(None, ge=1, description="of each frame")
     video_max_pixels: int | None = Field(None, ge=1, description="of each frame")
     min_frames: int | None = Field(None, ge=1, description="fewest frames of a video; shorter ones repeat frames")
-    max_frames: int | None = Field(None, ge=1, description="most frames of a video, taken evenly; None: all")
+    max_frames: int | None = Field(None, ge=1, description="most frames of a video, taken evenly; not given: all")
 
-    eval_steps: int | None = Field(None, ge=1, description="None: evaluate at the end of every epoch")
+    eval_steps: int | None = Field(None, ge=1, description="not given: evaluate at the end of every epoch")
     eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
-        None, description="None: steps if eval_steps is given"
+        None, description="no, steps, epoch; not given: steps if eval_steps is given, else epoch"
     )
     eval_on_start: bool = Field(False, description="evaluate before the first step too")
     early_stopping_patience: int | None = Field(
@@ -199,9 +205,9 @@ class Settings(BaseModel):
     logging_first_step: bool = Field(False, description="log the first step too")
     save_steps: int = Field(500, ge=0, description="0: no checkpoints, only the final model")
     save_strategy: Literal["no", "steps", "epoch"] | None = Field(
-        None, description="None: steps, unless save_steps is 0"
+        None, description="no, steps, epoch; not given: steps, unless save_steps is 0"
     )
-    save_total_limit: int | None = Field(2, ge=1, description="older checkpoints are deleted; None keeps all")
+    save_total_limit: int | None = Field(2, ge=1, description="older checkpoints are deleted; none keeps all")
     report_to: str = Field("tensorboard", description='"tensorboard", "wandb", both as a list, or "none"')
     run_name: str | None = Field(None, description="what the run is called where it is reported")
 
@@ -210,7 +216,9 @@ class Settings(BaseModel):
         None, description="a DeepSpeed JSON file, or zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"
     )
     fsdp: bool = Field(False, description="PyTorch's fully sharded data parallel (FSDP2)")
-    ddp_find_unused_parameters: bool | None = Field(None, description="None: as transformers chooses")
+    ddp_find_unused_parameters: bool | None = Field(
+        None, description="look for parameters without a gradient; none is expected"
+    )
     ddp_timeout: int = Field(1800, ge=1, description="seconds that a process waits for the others")
 
     grpo_config: dict[str, Any] | None = Field(
@@ -245,6 +253,13 @@ class Settings(BaseModel):
         if not all(isinstance(entry, str) for entry in entries):
             return entries
         return [word.strip() for entry in entries for word in entry.split(",") if word.strip()]
+
+    @field_validator("vit_fullatt_block_indexes", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        whole = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries)
+        return "|".join(map(str, entries)) if whole else value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -283,16 +298,19 @@ class Settings(BaseModel):
         filled = dict(given)
         if given.get("train_modules") is None:
             filled["train_modules"] = STAGE_MODULES.get(str(given.get("stage")), "all")
-        if given.get("use_lora") is None:
-            filled["use_lora"] = any(given.get(name) for name in cls.model_fields if name.startswith(LORA_PREFIXES))
-        if given.get("memory_efficient") not in (None, False) and "gradient_checkpointing" not in given:
-            filled["gradient_checkpointing"] = given["memory_efficient"]
         try:
             settings = cls(**filled)
         except ValidationError as error:
             raise SettingsError(_one_sentence(error)) from None
-        defaults = cls.model_fields
-        check(settings, {name for name in given if given[name] or getattr(settings, name) != defaults[name].default})
+        fields = cls.model_fields
+        on = {name for name in given if getattr(settings, name) or getattr(settings, name) != fields[name].default}
+        implied = {}
+        if "use_lora" not in given and any(name.startswith(LORA_PREFIXES) for name in on):
+            implied["use_lora"] = True
+        if settings.memory_efficient and "gradient_checkpointing" not in given:
+            implied["gradient_checkpointing"] = True
+        settings = settings.model_copy(update=implied)
+        check(settings, on)
         if settings.grpo_config is not None:
             cls.from_dict(settings._grpo_values())
         return settings

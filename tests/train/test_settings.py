@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Literal, get_args, get_origin
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from ovisnb.train import Settings, SettingsError
 
@@ -163,3 +166,74 @@ def test_broken_file_names_the_line(tmp_path):
     file.write_bytes("{}".encode("utf-16"))
     with pytest.raises(SettingsError, match="not UTF-8"):
         Settings.from_json(file)
+
+
+def values_of(name):
+    """Values that a setting may have by itself."""
+    field = Settings.model_fields[name]
+    kinds = [field.annotation, *get_args(field.annotation)]
+    literals = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    none = [st.none()] if type(None) in kinds else []
+    if literals:
+        return st.one_of(st.sampled_from(literals), *none)
+    if name == "train_modules":
+        return st.sampled_from(["all", "llm", "llm:1e-5|vte", "visual_tokenizer.head:1e-4|llm:2e-5"])
+    if name == "lr_scheduler_kwargs":
+        return st.one_of(st.just({"num_cycles": 2}), *none)
+    if list[str] in kinds:
+        return st.lists(st.sampled_from(["a", "b.json", "c_d"]), max_size=2, unique=True)
+    if bool in kinds:
+        return st.one_of(st.booleans(), *none)
+    if int in kinds:
+        return st.one_of(st.integers(5, 9), *none)
+    if float in kinds:
+        return st.one_of(st.floats(0.001, 0.9), *none)
+    return st.one_of(st.sampled_from(["word", "some words"]), *none)
+
+
+@st.composite
+def some_settings(draw):
+    names = draw(
+        st.lists(st.sampled_from(sorted(set(Settings.model_fields) - {"grpo_config"})), max_size=6, unique=True)
+    )
+    return {name: draw(values_of(name)) for name in names}
+
+
+def made(values):
+    try:
+        return Settings.from_dict(values)
+    except SettingsError as error:  # a contradiction
+        assert "\n" not in str(error)
+        return None
+
+
+@given(some_settings())
+def test_a_run_folders_settings_give_the_same_settings(values):
+    settings = made(values)
+    assume(settings)
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+@given(some_settings())
+def test_flags_json_and_dict_are_one(tmp_path_factory, values):
+    settings = made(values)
+    assume(settings)
+    flags = []
+    for name, value in values.items():
+        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        if words:
+            flags += [f"--{name}", *words]
+    assert Settings.from_args(flags) == settings
+    file = tmp_path_factory.getbasetemp() / "settings.json"
+    file.write_text(json.dumps(values))
+    assert Settings.from_json(file) == settings
+    assert Settings.from_args([str(file)]) == settings
+
+
+@given(st.sampled_from(sorted(Settings.model_fields)), st.data())
+def test_each_setting_alone_is_taken_or_refused_in_a_sentence(name, data):
+    value = data.draw(values_of(name))
+    settings = made({name: value})
+    if settings is not None and value not in (None, []):
+        found = getattr(settings, name)
+        assert found == value or found == pytest.approx(value)
