@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
 from ovisnb.train.distributed import check_world, join
@@ -35,7 +38,7 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
     values = {name: value for name, value in same.items() if name in known}
     # renamed in 5.20; the old name warns there
     renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    reporters = [name for name in settings.report_to.split(",") if name not in ("none", "tensorboard")]
+    reporters = _reporters(settings)
     values |= {
         renamed: settings.gradient_checkpointing and not fsdp,  # FSDP recomputes within its own units
         "deepspeed": deepspeed_config(settings, world),
@@ -75,3 +78,19 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")
         arguments._n_gpu = 1
     return arguments
+
+
+def _reporters(settings: Settings) -> list[str]:
+    """What transformers reports to, tensorboard aside; SettingsError for what it does not know or is not installed."""
+    names = [name.strip() for name in settings.report_to.split(",")]
+    names = [name for name in names if name not in ("none", "tensorboard")]
+    for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all"):
+            raise SettingsError(
+                f'report_to "{name}" is unknown: use none, all, or some of {", ".join(INTEGRATION_TO_CALLBACK)}.'
+            )
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(name, name)
+        if name != "all" and find_spec(package) is None:
+            offline = " (WANDB_MODE=offline keeps its runs on this machine)" if name == "wandb" else ""
+            raise SettingsError(f'report_to "{name}" needs its package: pip install {package}{offline}, or remove it.')
+    return names

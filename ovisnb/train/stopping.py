@@ -51,9 +51,10 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if control.should_training_stop and not before and state.is_world_process_zero:
             counter, best = self.early_stopping_patience_counter, state.best_metric
+            by = f"{self.early_stopping_threshold:g} " if self.early_stopping_threshold else ""
             print(
-                f"stopped early at step {state.global_step}: {args.metric_for_best_model} was not below {best:.4f} in the last "
-                f"{counter} evaluation{'s' * (counter > 1)}",
+                f"stopped early at step {state.global_step}: {args.metric_for_best_model} was not {by}below {best:.4f} in "
+                f"the last {counter} evaluation{'s' * (counter > 1)}",
                 flush=True,
             )
         if control.should_training_stop and args.save_strategy != IntervalStrategy.NO:
