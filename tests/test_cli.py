@@ -89,7 +89,8 @@ def test_train_help_lists_every_setting_with_its_default(capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     for name, field in Settings.model_fields.items():
-        assert f"--{name} ({field.default!r})" in printed
+        default = "" if field.default in (None, []) else f" ({json.dumps(field.default).strip(chr(34))})"
+        assert f"  --{name}{default}" in printed
 
 
 def test_train_refuses_a_misspelt_setting(capsys):

@@ -7,11 +7,12 @@ import copy
 import peft
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ovisnb.model import load
-from ovisnb.train import Settings, SettingsError
+from ovisnb.train import Settings, SettingsError, run_sft
 from ovisnb.train.checks import MODULES, trained_parts
 from ovisnb.train.modules import freeze, module_of, own_name, parameter_groups
 
@@ -172,3 +173,53 @@ def test_adapters_have_their_modules_rate(model):
     found = groups_of(dora, use_dora=True)
     magnitudes = {name: decay for name, (_, decay, _) in found.items() if "magnitude" in name}
     assert magnitudes and not any(magnitudes.values())
+
+
+class Rates(TrainerCallback):
+    """{group: rate} after every step, as the optimizer has them."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.kind = type(optimizer).__name__
+        self.groups = optimizer.param_groups
+        self.seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
+def test_rates_reach_the_optimizer(model, golden, tmp_path):
+    """Read off the optimizer that accelerate wrapped, after real steps, with a scheduler that has moved on."""
+    record = {
+        "image": Image.new("RGB", (64, 64), "red"),
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}],
+    }
+    values = settings(
+        model_path=str(golden / "checkpoint"),
+        output_dir=str(tmp_path / "run"),
+        train_modules="visual_tokenizer.head:1e-2|llm:2e-3|visual_tokenizer.vit:0",
+        learning_rate=0.5,
+        lr_scheduler_type="linear",
+        max_steps=4,
+        save_steps=0,
+        min_pixels=32 * 32,
+        max_pixels=64 * 64,
+        report_to="none",
+    )
+    rates = Rates()
+    folder = run_sft(values, train_dataset=[record], callbacks=[rates])
+    assert rates.kind == "AcceleratedOptimizer"
+    whole = {
+        "llm": 2e-3,
+        "llm (no decay)": 2e-3,
+        "visual_tokenizer.head": 1e-2,
+        "visual_tokenizer.head (no decay)": 1e-2,
+    }
+    assert {group["name"]: group["initial_lr"] for group in rates.groups} == whole
+    assert {group["name"]: group["weight_decay"] for group in rates.groups} == {
+        name: 0.0 if "no decay" in name else 0.1 for name in whole
+    }
+    for step, seen in enumerate(rates.seen, 1):
+        assert seen == pytest.approx({name: rate * (1 - step / 4) for name, rate in whole.items()})
+    before, after = model.state_dict(), load(folder / "final")[0].state_dict()
+    same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert {name for name in before if name.startswith(("model.vision_tower.transformer.", TABLE))} == same

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ovisnb.model import save
-from ovisnb.train import Settings, SettingsError
+from ovisnb.model import load, save
+from ovisnb.train import Settings, SettingsError, run_sft
+from ovisnb.train.callbacks import read_metrics
 from ovisnb.train.start import starting_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -108,3 +113,84 @@ def test_parts_that_are_not_there_are_told(parts, tmp_path, name):
 def test_an_attention_that_is_not_here_is_told(parts):
     with pytest.raises(SettingsError, match="No Ovis can be made of"):
         starting_model(Settings.from_dict(parts | {"attn_implementation": "nonsense"}))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A file of captions and one of conversations, on four pictures."""
+    captions, talks = [], []
+    for number, colour in enumerate(("red", "green", "blue", "white")):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / f"{number}.png")
+        captions.append({"id": f"c{number}", "image": f"{number}.png", "caption": f"It is {colour}."})
+        turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": colour}]
+        talks.append({"id": f"t{number}", "image": f"{number}.png", "conversations": turns})
+    for name, rows in (("captions", captions), ("talks", talks)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def stage(number, pictures, **values):
+    """The settings of one stage: three steps, large enough to be seen."""
+    common = {
+        "stage": number,
+        "data_path": str(pictures / ("talks.json" if number == 3 else "captions.json")),
+        "data_type": "conversation" if number == 3 else "caption",
+        "image_folder": str(pictures),
+        "output_dir": str(pictures / f"stage{number}"),
+        "min_pixels": 32 * 32,
+        "max_pixels": 64 * 64,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+    }
+    return Settings.from_dict(common | values)
+
+
+def changed(before, after):
+    return set(before.state_dict()) - same(before, after)
+
+
+def test_three_stages(parts, pictures):
+    first = stage(1, pictures, **parts)
+    new, _ = starting_model(first)
+    one = run_sft(first) / "final"
+    assert [file.name for file in one.iterdir() if "model" in file.name] == ["pytorch_model.bin"]
+    captioned, _ = load(one)
+    assert {name.startswith((LAST, HEAD, TABLE)) for name in changed(new, captioned)} == {True}
+    for part in (LAST, HEAD, TABLE):
+        assert any(name.startswith(part) for name in changed(new, captioned)), part
+
+    two = run_sft(stage(2, pictures, model_path=str(one))) / "final"
+    assert [file.name for file in two.iterdir() if "model" in file.name] == ["pytorch_model.bin"]
+    everything, _ = load(two)
+    for part in (LLM, VIT, HEAD, TABLE, f"{VIT}encoder.layers.0.", f"{VIT}embeddings."):
+        assert any(name.startswith(part) for name in changed(captioned, everything)), part
+
+    three = run_sft(stage(3, pictures, model_path=str(two))) / "final"
+    assert [file.name for file in three.iterdir() if "model" in file.name] == ["model.safetensors"]
+    assert changed(everything, load(three)[0]) >= changed(captioned, everything)
+    for number in (1, 2, 3):
+        losses = [
+            line["loss"] for line in read_metrics(pictures / f"stage{number}" / "metrics.jsonl") if "loss" in line
+        ]
+        assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_stopped_first_stage_goes_on_to_the_same_weights(parts, pictures):
+    """Its language model and vision transformer may be gone by then."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 2
+
+    whole = run_sft(stage(1, pictures, **parts))
+    stopped = stage(1, pictures, **parts, output_dir=str(pictures / "again"))
+    run_sft(stopped, callbacks=[Stop()])
+    shutil.rmtree(pictures / "again" / "final")
+    gone = {"llm_name_or_path": str(pictures / "gone"), "vit_name_or_path": str(pictures / "gone")}
+    resumed = run_sft(Settings.from_dict(stopped.to_dict() | gone))
+    models = [load(folder / "final")[0] for folder in (whole, resumed)]
+    assert same(*models) == set(models[0].state_dict())
