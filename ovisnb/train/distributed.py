@@ -33,7 +33,7 @@ from ovisnb.train.configs import deepspeed_config, unused_parts, wanted_deepspee
 from ovisnb.train.settings import Settings, SettingsError
 
 SAME_SIGNAL = 2.0  # seconds in which a signal that comes again is the same one, sent on by a launcher
-_blocked_in_children: set[int] = set()
+_watching: list[Any] = []  # who takes signals now
 
 
 class Stopped(KeyboardInterrupt):
@@ -194,12 +194,12 @@ class CleanStop(TrainerCallback):
                 raise KeyboardInterrupt(128 + number)
 
         before = {number: signal.signal(number, come) for number in taken}
-        _blocked_in_children.update(taken)
+        _watching.append(self)
         try:
             with _ends_at_once(taken) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext():
                 yield
         finally:
-            _blocked_in_children.clear()
+            _watching.remove(self)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -236,13 +236,13 @@ def _ends_at_once(taken: tuple[int, ...]) -> Iterator[None]:
         os.close(read)
 
 
-def _block_in_child() -> None:
-    # Launchers signal whole groups; a DataLoader's worker that dies of it would end the run with an error.
-    if _blocked_in_children:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _blocked_in_children)
+def _apart() -> None:
+    # Terminals and launchers signal whole groups; a DataLoader's worker that dies of it would end the run with an error.
+    if _watching:
+        os.setpgid(0, 0)
 
 
-os.register_at_fork(after_in_child=_block_in_child)
+os.register_at_fork(after_in_child=_apart)
 
 
 @contextmanager
