@@ -21,7 +21,7 @@ from ovisnb.train.batches import PlannedBatches, planned_batches, planned_loader
 from ovisnb.train.callbacks import last_counts
 from ovisnb.train.guard import Guarded
 from ovisnb.train.modules import parameter_groups
-from ovisnb.train.settings import Settings
+from ovisnb.train.settings import Settings, SettingsError
 from ovisnb.train.stream import StreamSamples, stream_loader
 from ovisnb.train.vision_cache import VisionCache
 
@@ -141,12 +141,20 @@ class Counting(Guarded):
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, over one group for each module that has a rate of its own."""
-        if self.optimizer is None and self.settings.rates:
+        """Trainer's optimizer over the groups of train_modules; SettingsError for one that makes groups of its own."""
+        if self.optimizer is None:
             trained = self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
             groups = parameter_groups(trained, self.settings, self.get_decay_parameter_names(trained))
-            self.optimizer = kind(groups, **options)
+            own = {"params", "model", "optimizer_dict"} & options.keys()
+            if own or not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+                if {group["lr"] for group in groups} != {self.args.learning_rate}:
+                    raise SettingsError(
+                        f'optim "{self.settings.optim}" has one learning rate for all it trains: give train_modules without '
+                        "rates, or another optim, such as adamw_torch."
+                    )
+            else:
+                self.optimizer_cls_and_kwargs = kind, options | {"params": groups}  # which Trainer takes for the groups
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

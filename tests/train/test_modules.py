@@ -223,3 +223,23 @@ def test_rates_reach_the_optimizer(model, golden, tmp_path):
     before, after = model.state_dict(), load(folder / "final")[0].state_dict()
     same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
     assert {name for name in before if name.startswith(("model.vision_tower.transformer.", TABLE))} == same
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adamw_torch_fused", "adamw_bnb_8bit"])
+def test_rates_reach_any_optimizer(toy, optim):
+    rates = Rates()
+    run_sft(toy(optim=optim, train_modules="vte:1e-3|llm:2e-4", max_steps=1, save_steps=0), callbacks=[rates])
+    assert {group["name"]: group["initial_lr"] for group in rates.groups} == {
+        "llm": 2e-4,
+        "llm (no decay)": 2e-4,
+        "vte (no decay)": 1e-3,
+    }
+
+
+def test_an_optimizer_with_groups_of_its_own_takes_no_rates(toy, monkeypatch):
+    options = {"params": [], "lr": 1e-3}
+    monkeypatch.setattr(
+        Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args, model=None: (torch.optim.SGD, dict(options)))
+    )
+    with pytest.raises(SettingsError, match='optim "adamw_torch" has one learning rate for all it trains'):
+        run_sft(toy(train_modules="vte:1e-4|llm:2e-4", max_steps=1))
