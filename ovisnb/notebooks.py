@@ -24,6 +24,7 @@ DEMO: dict[str, dict[str, Any]] = {
     "01_data": {},
     "02_masks": {},
     "03_sft": {"output_dir": "outputs/demo/03_sft"},
+    "04_lora": {"output_dir": "outputs/demo/04_lora"},
     "06_grounding": {"model": "outputs/demo/03_sft/final"},  # what the notebook before it trained
 }
 

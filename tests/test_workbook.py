@@ -41,6 +41,15 @@ SMALL = {
         "max_pixels": 96 * 96,
         "min_pixels": 1024,
     },
+    "04_lora": {
+        "max_steps": 2,
+        "batch_size": 2,
+        "heldout": 4,
+        "max_new_tokens": 4,
+        "max_pixels": 96 * 96,
+        "modules_to_save": "vte",
+        "layout": "released",
+    },
     "06_grounding": {"heldout": 5, "shown": 3, "max_new_tokens": 4, "max_pixels": 96 * 96, "min_pixels": 1024},
 }
 
@@ -125,13 +134,15 @@ def test_a_notebook_runs_from_start_to_end_and_shows_its_pictures(notebook, tmp_
             "difference",
         ],
         "03_sft": ["step 2/2", "image/png", "image/jpeg"],
+        "04_lora": ["step 2/2", "of the base", "image/png", "image/jpeg", "share right", "adapter and merged model: "],
         "06_grounding": ["image/png", "image/jpeg"],
     }
     for text in expected[notebook.stem]:
         assert text in html
     if "output_dir" in parameters:
         run = tmp_path / "run" / ("5_sharpen" if "save_to" in parameters else "")
-        assert (run / "final" / "model.safetensors").is_file()
+        weights = "adapter_model" if notebook.stem == "04_lora" else "model"
+        assert (run / "final" / f"{weights}.safetensors").is_file()
         assert (run / "metrics.jsonl").is_file()
     if "save_to" in parameters:
         assert (tmp_path / "saved" / "model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapters import show_shares, show_updates
 from .browse import Browser, browse
 from .data import examples, regions_of, select, show_record, with_regions
 from .grounding import before_after, compared, pair_up, question_of, with_box
@@ -45,7 +46,9 @@ __all__ = [
     "show_record",
     "show_regions",
     "show_run",
+    "show_shares",
     "show_tokens",
+    "show_updates",
     "token_summary",
     "watch",
     "with_box",
