@@ -241,7 +241,8 @@ def _unknown(name: str, known: Iterable[str]) -> str:
 def trained_shares(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(numbers that train, numbers of the base) in each of llm, visual_tokenizer.vit, visual_tokenizer.head and vte.
 
-    Of a PeftModel the first counts adapters and modules trained whole, the second neither.
+    Of a PeftModel the first counts adapters and modules trained whole, also of one that was opened to be asked only;
+    the second counts neither.
     """
     counts = {part: [0, 0] for part in PARTS}
     extra = _extra_parameters(model)
@@ -249,8 +250,9 @@ def trained_shares(model: nn.Module) -> dict[str, tuple[int, int]]:
         name = name.removeprefix("base_model.model.")
         part = next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
         if part is not None:
-            counts[part][0] += _numbers(parameter) * parameter.requires_grad
-            counts[part][1] += _numbers(parameter) * (id(parameter) not in extra)
+            added = id(parameter) in extra
+            counts[part][0] += _numbers(parameter) * (added or parameter.requires_grad)
+            counts[part][1] += _numbers(parameter) * (not added)
     return {part: (trained, base) for part, (trained, base) in counts.items()}
 
 
