@@ -38,6 +38,7 @@ LAUNCH, SETTINGS, LOG, EXIT = "launch.json", "launch_settings.json", "log.txt", 
 # What a launcher writes into a run folder before the run begins.
 LAUNCHED = frozenset({LAUNCH, SETTINGS, LOG, EXIT})
 TOKEN = "OVISNB_RUN"  # in the environment of every process of a run
+SUPERVISE = [sys.executable, "-m", "ovisnb.train.supervise"]
 STOPPED = (130, 143)
 POLL = 0.2  # seconds
 
@@ -80,7 +81,7 @@ def launch(
         (folder / EXIT).unlink(missing_ok=True)
         write_json(settings.to_dict(), folder / SETTINGS)
         token = uuid.uuid4().hex
-        command = [sys.executable, "-m", "ovisnb.train.supervise", str(folder), str(processes)]
+        command = [*SUPERVISE, str(folder), str(processes)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
