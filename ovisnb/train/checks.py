@@ -25,6 +25,16 @@ MODULES = (
 # The parts that together are the model.
 PARTS = ("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte")
 
+# Settings of the grpo stage; any of them means that stage where none is given.
+GRPO = (
+    "grpo_output_dir",
+    "beta",
+    "num_generations",
+    "tool_usage_weight",
+    "bbox_validity_weight",
+    "reasoning_quality_weight",
+)
+
 # Settings that only mean something under a condition: names, the condition, and why they are idle without it.
 CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (
@@ -59,14 +69,7 @@ CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] 
     ),
     (("lora_preset",), lambda s: not s.lora_target_modules, "gives way to lora_target_modules: choose one"),
     (
-        (
-            "grpo_output_dir",
-            "beta",
-            "num_generations",
-            "tool_usage_weight",
-            "bbox_validity_weight",
-            "reasoning_quality_weight",
-        ),
+        GRPO,
         lambda s: s.stage in ("grpo", "both"),
         "is for the grpo stage: give stage grpo or both, or remove it",
     ),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from ovisnb.train.checks import MODULES, check, idle, parse_modules
+from ovisnb.train.checks import GRPO, MODULES, check, idle, parse_modules
 from ovisnb.train.names import SettingsError, help_page, parse_flags, read_json, renamed, with_files
 
 __all__ = ["MODULES", "Settings", "SettingsError"]
@@ -289,6 +289,8 @@ class Settings(BaseModel):
     @classmethod
     def _checked(cls, given: dict[str, Any]) -> Settings:
         """Settings from values of canonical names, filled in where one setting implies another."""
+        if "stage" not in given and not given.keys().isdisjoint(GRPO):
+            given["stage"] = "grpo"
         if given.get("stage") == "grpo" and "output_dir" in given:
             folder = given.pop("output_dir")
             if given.setdefault("grpo_output_dir", folder) != folder:

@@ -116,11 +116,9 @@ def test_files_are_merged_and_flags_win(tmp_path):
 
 
 def test_files_that_differ_are_told(tmp_path):
-    one, two = write(tmp_path, "1.json", bf16=True, beta=0.1), write(tmp_path, "2.json", bf16=False)
+    one, two = write(tmp_path, "1.json", bf16=True), write(tmp_path, "2.json", bf16=False)
     with pytest.raises(SettingsError, match="model_config and sft_config give 'bf16' different values, True and False"):
         Settings.from_args(["--model_config", one, "--sft_config", two])
-    with pytest.raises(SettingsError, match="beta has no effect here: it is for the grpo stage"):
-        Settings.from_args(["--model_config", one])
     with pytest.raises(SettingsError, match="grpo_config has no effect on stage 'sft'"):
         Settings.from_args(["--grpo_config", two])
     with pytest.raises(SettingsError, match="sft_config has no effect on stage 'grpo'"):
@@ -210,3 +208,113 @@ def test_the_help_page_names_everything_once_and_fits():
         )
     assert max(map(len, lines)) <= 116
     assert sum(line.endswith(":") and not line.startswith(" ") for line in lines) == 14
+
+
+EARLIER = {
+    "staged": "--llm_name_or_path Qwen/Qwen3-8B --vit_name_or_path google/siglip2-so400m-patch16-512 "
+    "--visual_vocab_size 65536 --data_path ./data/train_data.json --image_folder ./data/images --train_modules all "
+    "--output_dir ./checkpoints/my_ovis_model --num_train_epochs 3 --per_device_train_batch_size 1 "
+    "--gradient_accumulation_steps 16 --learning_rate 2e-5 --multimodal_max_length 4096 "
+    "--single_image_min_pixels 200704 --single_image_max_pixels 2408448 --multiple_image_max_pixels 802816 "
+    "--video_max_pixels 802816 --text_max_length 4096 --multiple_image_min_pixels 200704 --video_min_pixels 200704 "
+    "--stage 1 --monitor_step 100 --model_init_seed 0 --data_type caption --accepts_loss_kwargs true "
+    "--attn_implementation flash_attention_2 --conversation_formatter_class Qwen3ConversationFormatter "
+    "--vit_hidden_stride 2 --vit_window_size 112 --vit_temporal_patch_size 1 --vit_preserve_original_pe true "
+    "--vit_use_rope true --bf16 --report_to tensorboard",
+    "both": "--stage both --train_data data/train.jsonl --val_data data/val.jsonl --image_base_path data/images "
+    "--use_lora --lora_r 128 --lora_alpha 256 --learning_rate 2e-5 --gradient_accumulation_steps 8 --bf16",
+    "sft": "--stage sft --train_data data/train.jsonl --val_data data/val.jsonl --image_base_path data/images "
+    "--model_name AIDC-AI/Ovis2.5-9B --use_lora --lora_r 128 --lora_alpha 256 --learning_rate 2e-5 --num_epochs 3 "
+    "--gradient_accumulation_steps 8 --sft_output_dir outputs/sft --bf16 --memory_efficient --max_pixels 448448 "
+    "--batch_size 1",
+    "grpo": "--stage grpo --train_data data/train.jsonl --image_base_path data/images "
+    "--sft_checkpoint outputs/sft/final_model --learning_rate 5e-6 --beta 0.1 --gradient_accumulation_steps 16 "
+    "--grpo_output_dir outputs/grpo --bf16",
+}
+
+
+@pytest.mark.parametrize("command", EARLIER)
+def test_the_earlier_commands_as_they_are(command):
+    settings = Settings.from_args(EARLIER[command].split())
+    assert Settings.from_dict(settings.to_dict()) == settings
+    found = {
+        "staged": (settings.stage, settings.logging_steps, settings.modules.count("|"), settings.vit_use_rope),
+        "both": (settings.stage, settings.lora_r, settings.lora_alpha, settings.eval_data_path),
+        "sft": (settings.stage, settings.model_path, settings.gradient_checkpointing, settings.video_max_pixels),
+        "grpo": (settings.stage, settings.model_path, settings.beta, settings.grpo_output_dir),
+    }[command]
+    assert (
+        found
+        == {
+            "staged": (1, 100, 0, True),  # train_modules all, said in so many words
+            "both": ("both", 128, 256, ["data/val.jsonl"]),
+            "sft": ("sft", "AIDC-AI/Ovis2.5-9B", True, 448448),
+            "grpo": ("grpo", "outputs/sft/final_model", 0.1, "outputs/grpo"),
+        }[command]
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "model_path": "AIDC-AI/Ovis2.5-9B",
+            "data_path": "./data/train_data.json",
+            "output_dir": "./checkpoints/ovis25_finetune",
+            "deepspeed": "./Ovis/scripts/zero_configs/zero2_cp.json",
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 32,
+            "learning_rate": 5e-5,
+        },
+        {
+            "lora_r": 32,
+            "lora_alpha": 64,
+            "lora_target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+            "learning_rate": 1e-4,
+        },
+        {
+            "output_dir": "outputs/sft",
+            "learning_rate": 2e-5,
+            "num_train_epochs": 3,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+            "gradient_accumulation_steps": 8,
+            "bf16": True,
+            "use_lora": True,
+            "lora_r": 128,
+            "lora_alpha": 256,
+            "lora_dropout": 0.1,
+        },
+        {"train_modules": "vte", "freeze_vision_tower": True, "freeze_llm": True},
+        {
+            "gradient_checkpointing": True,
+            "bf16": True,
+            "torch_compile": True,
+            "attn_implementation": "flash_attention_2",
+        },
+    ],
+)
+def test_the_earlier_files_as_they_are(values):
+    settings = Settings.from_dict(values)
+    for name, value in values.items():
+        found = getattr(settings, name)
+        assert found == (
+            value.split(",") if name == "lora_target_modules" else [value] if name == "data_path" else value
+        )
+    assert settings.use_lora == ("lora_r" in values)
+
+
+def test_the_earlier_grpo_file_says_its_stage_by_what_it_holds():
+    file = {
+        "sft_model_path": "./Ovis/checkpoints/ovis25_finetune_final",
+        "num_generations": 4,
+        "tool_usage_weight": 0.4,
+        "bbox_validity_weight": 0.3,
+        "reasoning_quality_weight": 0.3,
+    }
+    settings = Settings.from_dict(file)
+    assert (settings.stage, settings.model_path) == ("grpo", "./Ovis/checkpoints/ovis25_finetune_final")
+    assert Settings.from_dict(settings.to_dict()) == settings
+    with pytest.raises(SettingsError, match="bbox_validity_weight has no effect here: it is for the grpo stage"):
+        Settings.from_dict(file | {"stage": "sft"})
