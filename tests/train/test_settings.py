@@ -168,6 +168,76 @@ def test_broken_file_names_the_line(tmp_path):
         Settings.from_json(file)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_lora": False, "lora_r": 64}, "lora_r has no effect here: it needs use_lora"),
+        ({"load_in_4bit": True}, "load_in_4bit has no effect here: it needs use_lora"),
+        ({"lora_preset": "llm", "lora_target_modules": "q_proj"}, "lora_preset has no effect here: it gives way to"),
+        ({"lora_r": 8, "stage": 1}, "use_lora contradicts stage 1"),
+        ({"lora_r": 8, "freeze_llm": True}, "freeze_llm contradicts use_lora"),
+        ({"lora_r": 8, "train_modules": "llm"}, 'train_modules "llm" has no effect with use_lora'),
+        ({"lora_preset": "llm+vision", "freeze_vision_tower": True}, "freeze_vision_tower contradicts lora_preset"),
+        ({"model_path": "m", "llm_name_or_path": "l"}, "model_path and llm_name_or_path are both given"),
+        ({"llm_name_or_path": "l"}, "llm_name_or_path is given without vit_name_or_path"),
+        ({"vit_name_or_path": "v"}, "vit_name_or_path has no effect here: it is for a new Ovis"),
+        ({"model_path": "m", "visual_vocab_size": 1024}, "visual_vocab_size has no effect here"),
+        ({"deepspeed": "zero2", "fsdp": True}, "deepspeed and fsdp both shard"),
+        ({"packing": True, "attn_implementation": "eager"}, "packing needs attention within each sample"),
+        ({"max_batch_tokens": 4096, "per_device_train_batch_size": 4}, "both decide how many samples"),
+        ({"vision_cache": "c"}, "vision_cache keeps features .* visual_tokenizer.vit and .* would train"),
+        ({"vision_cache": "c", "freeze_vision_tower": True}, "visual_tokenizer.head and vte would train"),
+        ({"vision_cache": "c", "lora_preset": "all-linear"}, 'lora_preset "all-linear" trains them'),
+        (
+            {"train_modules": "visual_tokenizer.vit.last_block", "freeze_vision_tower": True},
+            "freeze_vision_tower contradict",
+        ),
+        ({"train_modules": "llm|llm:1e-4"}, "names llm twice"),
+        ({"train_modules": "visual_tokenizer.last_block"}, "did you mean 'visual_tokenizer.vit.last_block'"),
+        ({"train_modules": "llm:-1"}, "'-1' is no learning rate"),
+        ({"train_modules": "llm:nan"}, "'nan' is no learning rate"),
+        (
+            {"memory_efficient": True, "gradient_checkpointing": False},
+            "memory_efficient turns gradient_checkpointing on",
+        ),
+        ({"early_stopping_threshold": 0.1}, "early_stopping_threshold has no effect here: it needs early_stopping_pat"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "early_stopping_patience needs evaluations"),
+        ({"load_best_model_at_end": True, "save_steps": 0}, "load_best_model_at_end needs checkpoints"),
+        ({"eval_strategy": "epoch", "eval_steps": 5}, 'eval_strategy is "epoch" and eval_steps is given'),
+        ({"save_strategy": "epoch", "save_steps": 5}, "save_steps has no effect here"),
+        ({"streaming": True, "max_steps": 5, "group_by_length": True}, "group_by_length needs the lengths"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor has no effect here"),
+        ({"torch_compile_mode": "default"}, "torch_compile_mode has no effect here: it needs torch_compile"),
+        ({"learning_rate": True}, "'learning_rate' cannot be True: input should be a number"),
+        ({"learning_rate": "inf"}, "'learning_rate' cannot be 'inf'"),
+        (
+            {"conversation_formatter_class": "GemmaConversationFormatter"},
+            "input should be 'Qwen3ConversationFormatter'",
+        ),
+    ],
+)
+def test_what_contradicts_or_has_no_effect(values, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        Settings.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_goes_together():
+    assert Settings.from_dict({"vision_cache": "c", "train_modules": "llm"}).trained == ("llm",)
+    assert Settings.from_dict({"vision_cache": "c", "lora_r": 8}).use_lora
+    assert Settings.from_dict({"train_modules": "all|visual_tokenizer:0|vte:0", "vision_cache": "c"})
+    assert Settings.from_dict({"memory_efficient": "true"}).gradient_checkpointing
+    settings = Settings.from_dict({"learning_rate": "1e-4", "train_modules": "visual_tokenizer.head:2e-3|llm"})
+    assert settings.rates == {"visual_tokenizer.head": 2e-3, "llm": 1e-4}
+    assert Settings.from_dict({"lora_r": 8, "train_modules": "llm:1e-4"}).rates == {"llm": 1e-4}
+    assert Settings.from_dict({"stage": 1}).trained == (
+        "visual_tokenizer.vit.last_block",
+        "visual_tokenizer.head",
+        "vte",
+    )
+    assert [Settings.from_dict({"stage": stage}).stage for stage in (1, "2", 3, "3")] == [1, 2, "sft", "sft"]
+
+
 def values_of(name):
     """Values that a setting may have by itself."""
     field = Settings.model_fields[name]
