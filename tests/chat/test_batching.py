@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovisnb.chat import encode
-from ovisnb.chat.batching import Length, Padding, length_of, measure, padding, plan_batches
+from ovisnb.chat.batching import Length, Padding, length_of, measure, padding, plan_batches, plan_rows
 from tests.chat.conversations import LIMITS
 from tests.chat.test_encode import picture, talk
 
@@ -38,6 +38,23 @@ def test_batches_by_size_pad_no_more_than_batches_in_the_datas_order(batch, full
     by_size = sorted(range(len(lengths)), key=lambda index: lengths[index].tokens, reverse=True)
     ordered = [[by_size[at] for at in some] for some in plain]
     assert padding(lengths, ordered).padding <= padding(lengths, plain).padding
+
+
+@given(lengths=samples, max_tokens=st.integers(400, 2000))
+def test_every_sample_is_in_one_packed_row_within_the_budget(lengths, max_tokens):
+    rows = plan_rows(lengths, max_tokens=max_tokens)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    filled = sorted(sum(lengths[index].tokens for index in row) for row in rows)
+    assert all(tokens <= max_tokens for tokens in filled)
+    assert len(filled) < 2 or filled[0] + filled[1] > max_tokens  # no two rows would go into one
+    assert rows == plan_rows(lengths, max_tokens=max_tokens)
+
+
+def test_rows_are_filled_up_with_what_fits_best():
+    lengths = [Length(tokens, 0) for tokens in (60, 30, 50, 40, 10)]
+    assert plan_rows(lengths, max_tokens=100) == [[0, 3], [2, 1, 4]]
+    with pytest.raises(ValueError, match="sample 0 has 60 tokens, more than max_tokens 59"):
+        plan_rows(lengths, max_tokens=59)
 
 
 def test_padding_is_counted():
