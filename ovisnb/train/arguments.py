@@ -12,8 +12,9 @@ from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
 from ovisnb.train.distributed import check_world, join
 from ovisnb.train.settings import Settings, SettingsError
 
-# Of the same name as Trainer's or TRL's, but done by us: the model's own loss smooths labels, our collator packs.
-OURS = {"label_smoothing_factor", "fsdp", "packing"}
+# Of the same name as Trainer's or TRL's, but done by us: the model's own loss smooths labels, our collator packs, and
+# the best model is saved whatever save_steps is.
+OURS = {"label_smoothing_factor", "fsdp", "packing", "load_best_model_at_end"}
 
 
 def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments:

@@ -270,8 +270,6 @@ def _check_length_and_batches(s: Settings) -> None:
 
 
 def _check_evaluation(s: Settings) -> None:
-    by_epoch = not s.eval_steps
-    best = s.load_best_model_at_end
     _refuse(
         (
             s.eval_strategy == "steps" and not s.eval_steps,
@@ -292,20 +290,8 @@ def _check_evaluation(s: Settings) -> None:
             )
             for name in ("early_stopping_patience", "load_best_model_at_end", "eval_on_start")
         ),
-        (best and not s.saves, "load_best_model_at_end needs checkpoints: give save_steps or save_strategy."),
         (
-            best and by_epoch and s.save_strategy != "epoch",
-            'load_best_model_at_end saves where it evaluates: give eval_steps, or save_strategy "epoch".',
-        ),
-        (
-            best and not by_epoch and s.save_strategy == "epoch",
-            'load_best_model_at_end saves where it evaluates: remove eval_steps, or save_strategy "epoch".',
-        ),
-        (
-            best and not by_epoch and s.save_steps % s.eval_steps,
-            (
-                f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {s.save_steps} is no multiple of "
-                f"eval_steps {s.eval_steps}."
-            ),
+            s.load_best_model_at_end and not s.saves,
+            "load_best_model_at_end needs checkpoints: give save_steps or save_strategy.",
         ),
     )

@@ -72,6 +72,13 @@ class Guarded:
         """DeepSpeed's optimizer takes its step at the end of the backward."""
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with a generator of its own: where its workers start anew, which in a run that continues is
+        elsewhere than before, they draw a number, and dropout and noise would be others from there on."""
+        loader = super().get_train_dataloader()
+        loader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, which leaves the training's random numbers as they are.
 

@@ -27,7 +27,9 @@ def logged(folder):
 
 
 def without_times(folder):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
+    lines = read_metrics(folder / "metrics.jsonl")
+    measured = ("seconds", "peak", "runtime", "per_second")
+    return [{k: v for k, v in line.items() if not any(some in k for some in measured)} for line in lines]
 
 
 def spoil(data, image_folder):
