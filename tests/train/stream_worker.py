@@ -29,7 +29,9 @@ class StopAt(TrainerCallback):
 
 def main(settings: Settings, folder: Path) -> None:
     seen, collate = [], stream.collate_samples
-    stream.collate_samples = lambda samples: seen.extend(sample.id for sample in samples) or collate(samples)
+    stream.collate_samples = lambda samples, **how: (
+        seen.extend(sample.id for sample in samples) or collate(samples, **how)
+    )
     runs = {}
     for name, stops in (("whole", []), ("stopped", [StopAt(2)]), ("stopped", [])):
         run_sft(settings.model_copy(update={"output_dir": str(folder / name)}), callbacks=stops)
