@@ -160,7 +160,7 @@ def test_where_it_cannot_work_it_says_so(model, tmp_path, monkeypatch):
         VisionCache(model, tmp_path)
 
 
-@pytest.mark.parametrize("lora", [False])
+@pytest.mark.parametrize("lora", [False, True])
 def test_a_run_with_the_cache_ends_in_the_same_weights_and_encodes_each_picture_once(
     golden, tmp_path, monkeypatch, lora
 ):
