@@ -49,7 +49,7 @@ def test_torch_is_pinned_and_torchvision_is_nowhere():
 
 def test_the_gpu_extra_is_not_in_the_default_install():
     gpu = {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]}
-    assert gpu == {"flash-attn", "liger-kernel"}
+    assert gpu == {"flash-attn"}
     assert not gpu & (set(pins()) | {requirement.name for requirement in DEFAULT})
     assert "deepspeed" in {requirement.name for requirement in DEFAULT}
 
