@@ -26,7 +26,7 @@ from typing import Any
 
 from ovisnb import __version__
 from ovisnb.cli_data import add_data, at_least, check_report, printing, say
-from ovisnb.cli_train import add_training
+from ovisnb.cli_train import add_plan, add_training, plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(words: list[str]) -> int:
     # its flags are the settings themselves, which only Settings knows
-    if words[:1] == ["train"] and not {"-h", "--help"} & set(words):
-        return train(words[1:])
+    if words[:1] in (["train"], ["plan"]) and not {"-h", "--help"} & set(words):
+        return (train if words[0] == "train" else plan)(words[1:])
     arguments = _parser().parse_args(words)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune a model. Every setting may stand in CONFIG.json or be a flag; a flag wins.",
         formatter_class=_SettingsHelp,
     )
+    add_plan(commands, _SettingsHelp)
 
     command = commands.add_parser("infer", help="ask a model about a picture", allow_abbrev=False)
     command.add_argument("--model_path", required=True, help="checkpoint folder or hub id")

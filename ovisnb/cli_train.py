@@ -1,5 +1,6 @@
 """The commands `ovisnb merge` and what else belongs to training beside `ovisnb train`.
 
+    ovisnb plan sft.json --num_processes 2 --gpu_memory 24
     ovisnb merge --model_path outputs/sft/final --output_dir merged --layout released --dtype bfloat16
 
 Nothing is imported before a command needs it.
@@ -8,6 +9,7 @@ Nothing is imported before a command needs it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,60 @@ def merge(arguments: argparse.Namespace) -> int:
     options = {"base_model": base, "layout": arguments.layout, "dtype": arguments.dtype}
     say(merge(resolve_model(adapter), arguments.output_dir, **options))
     return 0
+
+
+def plan(words: Sequence[str]) -> int:
+    """Print what a run with these settings will take of a GPU's memory, and what to change for it to fit."""
+    own, words = _plan_flags().parse_known_args(list(words))
+    from ovisnb.train import Settings
+    from ovisnb.train.plan import CARDS, memory_plan
+    from ovisnb.train.savings import savings
+
+    settings = Settings.from_args(words)
+    world = settings.num_processes or 1
+    made = memory_plan(settings, world_size=world, device=own.device)
+    say(made.text())
+    cards = CARDS if own.gpu_memory is None else (own.gpu_memory,)
+    on_gpu = made if made.device == "cuda" else memory_plan(settings, world_size=world, device="cuda")
+    fits = ", ".join(f"{card:g} GiB {'yes' if on_gpu.fits(card) else 'no'}" for card in cards)
+    say(f"fits on a GPU of: {fits}")
+    if own.gpu_memory is not None:
+        say("what saves most, each alone:")
+        for change in savings(settings, on_gpu, world_size=world):
+            say(f"  {'fits' if on_gpu.fits(own.gpu_memory, change.left) else '    '}  {change}")
+    return 0
+
+
+def add_plan(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
+    """Add `plan`, for its help: `plan` takes the words of its command line apart itself, most of them being settings."""
+    commands.add_parser("plan", parents=[_plan_flags()], formatter_class=formatter, **_PLAN)
+
+
+_PLAN: dict[str, Any] = {
+    "help": "say what a training run takes of a GPU's memory",
+    "usage": "ovisnb plan [CONFIG.json] [--SETTING VALUE ...] [--num_processes N] [--gpu_memory GIB] [--device DEVICE]",
+    "description": "Say what a run of `ovisnb train` with these settings takes of each GPU's memory, without its weights.",
+}
+
+
+def _plan_flags() -> argparse.ArgumentParser:
+    """What is no setting of `ovisnb plan`."""
+    parser = argparse.ArgumentParser(prog="ovisnb plan", usage=_PLAN["usage"], allow_abbrev=False, add_help=False)
+    parser.add_argument(
+        "--gpu_memory", type=_gib, metavar="GIB", help="memory of a GPU in GiB: say what to change for it to fit"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="plan for this (default: what this machine trains on)"
+    )
+    return parser
+
+
+def _gib(text: str) -> float:
+    """A number of GiB above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 def _add_merge(commands: Any) -> None:

@@ -11,6 +11,7 @@ from .lens import MaskLens, mask_lens
 from .live import watch
 from .overview import kind_table, overview_figure, overview_table, problem_table
 from .payload import token_summary
+from .plan import show_plan
 from .regions import Picture, draw_regions, gallery, show_regions
 from .runs import show_accuracy, show_folder, show_metrics, show_run
 from .shelf import Shelf, open_shelf
@@ -43,6 +44,7 @@ __all__ = [
     "show_accuracy",
     "show_folder",
     "show_metrics",
+    "show_plan",
     "show_record",
     "show_regions",
     "show_run",

@@ -39,6 +39,7 @@ from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, note
 from ovisnb.train.distributed import CleanStop, check_free, held, whole_weights
 from ovisnb.train.launch import LAUNCHED
 from ovisnb.train.lora import LORA_SHAPE, adapted, load_weights, trained_shares
+from ovisnb.train.memory import plan_run
 from ovisnb.train.modules import freeze
 from ovisnb.train.settings import Settings, SettingsError
 from ovisnb.train.start import starting_model
@@ -169,6 +170,7 @@ def run_sft(
     else:
         stop = CleanStop(trainer, settings)
         trainer.add_callback(stop)
+        plan_run(trainer, records, encoder)
         with _no_bars(), held(folder), stop.watching(), told_when_full(folder, folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.raise_if_stopped()

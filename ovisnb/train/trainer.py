@@ -20,6 +20,7 @@ from ovisnb.model.adapters import write_adapter
 from ovisnb.train.batches import PlannedBatches, planned_batches, planned_loader, plans
 from ovisnb.train.callbacks import last_counts
 from ovisnb.train.guard import Guarded
+from ovisnb.train.memory import Watched
 from ovisnb.train.modules import parameter_groups
 from ovisnb.train.settings import Settings, SettingsError
 from ovisnb.train.stream import StreamSamples, stream_loader
@@ -29,7 +30,7 @@ SHOWN_TRUNCATIONS = 3
 COUNT = "data_records.json"
 
 
-class Counting(Guarded):
+class Counting(Watched, Guarded):
     """Over a Trainer: counts what it saw, weighs eval_loss by tokens, and saves the processor with the model."""
 
     def __init__(self, *args: Any, processor: Any, settings: Settings, **kwargs: Any):
