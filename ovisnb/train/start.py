@@ -50,7 +50,7 @@ def starting_model(
         )
     if checkpoint and any((checkpoint / name).is_file() for name in WEIGHTS):
         return load(checkpoint, **options)
-    with quiet(), _in_one_piece(arguments):
+    with quiet(), in_one_piece(arguments):
         return new_ovis(settings)
 
 
@@ -81,7 +81,7 @@ def new_ovis(settings: Settings) -> tuple[nn.Module, Any]:
 
 
 @contextmanager
-def _in_one_piece(arguments: TrainingArguments | None) -> Iterator[None]:
+def in_one_piece(arguments: TrainingArguments | None) -> Iterator[None]:
     """Without ZeRO-3's parting of every model at its birth: parts are joined and initialised whole."""
     config = getattr(arguments, "hf_deepspeed_config", None)
     if config is None:
