@@ -76,7 +76,8 @@ class Guarded:
         """Trainer's, with a generator of its own: where its workers start anew, which in a run that continues is
         elsewhere than before, they draw a number, and dropout and noise would be others from there on."""
         loader = super().get_train_dataloader()
-        loader.generator = torch.Generator().manual_seed(self.args.seed)
+        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates over
+        loader.generator = inner.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

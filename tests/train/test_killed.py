@@ -122,7 +122,7 @@ def test_killed_three_times_at_random(toy, data, tmp_path):
 def test_stopped_after_any_step(toy, data, tmp_path, run):
     """In the middle of an epoch and at its end: random numbers are drawn as if nothing had been."""
     whole = run_sft(settings_of(toy, data, tmp_path, run, "whole"))
-    for step in (1, 2) if run.startswith("noise") else (1, 4, 6):  # an epoch has 2, or 4
+    for step in (1, 2) if run.startswith("noise") else (1, 4):  # an epoch has 2, or 4
         settings = settings_of(toy, data, tmp_path, run, f"stopped{step}")
         run_sft(settings, callbacks=[StopAt(step)])
         shutil.rmtree(tmp_path / f"stopped{step}" / "final")
