@@ -75,6 +75,11 @@ class MemoryPlan:
         """Bytes of all parts: what torch.cuda.max_memory_allocated will say."""
         return sum(self.parts.values())
 
+    @staticmethod
+    def in_words(size: float) -> str:
+        """Bytes in words: "1.25 GiB"."""
+        return size_of(size)
+
     def fits(self, gib: float, total: int | None = None) -> bool:
         """Whether a card of so many GiB has room for it (or for `total` bytes), with what CUDA and loose ends of the
         allocator take."""
