@@ -5,9 +5,11 @@
 The run folder (output_dir) then holds
     settings.json    the settings, ready for Settings.from_json
     metrics.jsonl    one line a log: step, epoch, loss, learning_rate, grad_norm, samples_seen, tokens_seen,
-                     supervised_tokens, seconds (all four since the run began), or step, epoch, eval_loss
+                     supervised_tokens, seconds (all four since the run began), with on_bad_record "skip" also
+                     skipped (records left out so far), or step, epoch, eval_loss, and best where none was lower
     tensorboard/     the same for tensorboard
-    checkpoint-N/    model, processor and optimizer: ovisnb.load opens it, and a stopped run continues from it
+    checkpoint-N/    model, processor and optimizer: ovisnb.load opens it, and a stopped run continues from it, if
+                     its complete.json is there: it is written last and names all files
     final/           the trained model in the native layout, of stages 1 and 2 as pytorch_model.bin; it appears whole
                      or not at all
 """
@@ -69,8 +71,9 @@ def run_sft(
     A stopped run continues from its latest complete checkpoint; on the CPU, with indexable data or a RecordStream,
     it ends in the same weights, bit for bit, as one that was never stopped.
 
-    Raises SettingsError for settings that cannot work, RecordEncodingError for a record that cannot be encoded,
-    FloatingPointError when the loss is no number any more.
+    Raises SettingsError for settings that cannot work, RecordEncodingError for a record that cannot be encoded (or
+    BadDataError when on_bad_record leaves out most of them), FloatingPointError when a loss or gradient is no number,
+    before it changes the weights, and WriteError for a full disk: the last complete checkpoint is kept.
     """
     folder = Path(settings.output_dir)
     if not settings.resume and folder.exists() and any(path.name not in LAUNCHED for path in folder.iterdir()):
