@@ -47,6 +47,7 @@ def plan_run(trainer: Any, records: Any, encoder: Encoder) -> None:
     from ovisnb.train.plan import memory_plan
     from ovisnb.train.plan_batch import STREAMED, read_samples
     from ovisnb.train.savings import savings
+    from ovisnb.train.start import in_one_piece
 
     settings, arguments = trainer.settings, trainer.args
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
@@ -58,15 +59,17 @@ def plan_run(trainer: Any, records: Any, encoder: Encoder) -> None:
         return read_samples(changed, records, encoder.processor, **most) if again else ()
 
     def save() -> list[Saving]:
-        plan = trainer.plan or memory_plan(settings, samples=read(settings), device=arguments.device.type, **of)
-        return savings(settings, plan, read=read, **of)
+        with in_one_piece(arguments):  # what is traced is nobody's part
+            plan = trainer.plan or memory_plan(settings, samples=read(settings), device=arguments.device.type, **of)
+            return savings(settings, plan, read=read, **of)
 
     trainer.savings = save
     if trainer.is_world_process_zero():
         try:
-            trainer.plan = memory_plan(
-                settings, samples=read(settings), device=arguments.device.type, middling=False, **of
-            )
+            with in_one_piece(arguments):  # ZeRO-3 would have every process part the model that is traced
+                trainer.plan = memory_plan(
+                    settings, samples=read(settings), device=arguments.device.type, middling=False, **of
+                )
             print(trainer.plan.text(), flush=True)
         except (ValueError, OSError, RuntimeError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
             print(f"memory is not planned: {_first_sentence(error)}", flush=True)
