@@ -23,7 +23,8 @@ from ovisnb.train.dataset import RecordEncodingError
 from ovisnb.train.sft import last_checkpoint
 from ovisnb.train.stream import PLACES
 
-from .test_sft import PIXELS, StopAt, weights
+from .conftest import PIXELS
+from .test_sft import StopAt, weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
