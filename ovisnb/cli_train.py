@@ -69,7 +69,7 @@ def add_plan(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
 _PLAN: dict[str, Any] = {
     "help": "say what a training run takes of a GPU's memory",
     "usage": "ovisnb plan [CONFIG.json] [--SETTING VALUE ...] [--num_processes N] [--gpu_memory GIB] [--device DEVICE]",
-    "description": "Say what a run of `ovisnb train` with these settings takes of each GPU's memory, without its weights.",
+    "description": "Say what a run of `ovisnb train` with these settings takes of each GPU's memory, before any weights are loaded.",
 }
 
 

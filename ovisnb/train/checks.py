@@ -102,7 +102,7 @@ def parse_modules(text: str) -> dict[str, float | None]:
     for entry in text.split("|"):
         name, colon, rate = (part.strip() for part in entry.partition(":"))
         if name not in MODULES:
-            near = nearest(name, MODULES)
+            near = next((each for each in MODULES if each.endswith(f".{name}")), None) or nearest(name, MODULES)
             hint = f"did you mean '{near}'? " if near else ""
             raise SettingsError(f'train_modules "{name}" is no module: {hint}The modules are {", ".join(MODULES)}.')
         if name in found:

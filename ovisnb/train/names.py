@@ -10,6 +10,7 @@ import json
 import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -56,7 +57,7 @@ class SettingsError(ValueError):
 def known(name: str, fields: Iterable[str]) -> str:
     """The canonical name of a setting; SettingsError naming the nearest for one that does not exist."""
     fields = list(fields)
-    name = ALIASES.get(name, name)
+    name = ALIASES.get(name, str(name))
     if name not in fields and name not in SPREAD and name not in FILES:
         near = nearest(name, [*fields, *ALIASES, *SPREAD, *FILES])
         hint = f"did you mean '{near}'?" if near else "`ovisnb train --help` lists the settings there are."
@@ -156,7 +157,7 @@ def read_json(path: str | Path) -> Any:
     """What a JSON file of settings holds; raises SettingsError."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=partial(_once, path))
     except FileNotFoundError:
         raise SettingsError(f"There is no settings file {path}.") from None
     except OSError as error:
@@ -165,6 +166,21 @@ def read_json(path: str | Path) -> Any:
         raise SettingsError(f"{path} is no valid JSON (line {error.lineno}: {error.msg}).") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path} is not UTF-8: save it as UTF-8.") from None
+    except SettingsError:
+        raise
+    except (RecursionError, ValueError):  # a depth, and digits of a number, that Python's reader does not take
+        raise SettingsError(
+            f"{path} is no valid JSON of settings: its nesting or a number in it is too long."
+        ) from None
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no name has two values: JSON itself lets the last one pass."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise SettingsError(f"{path} gives '{name}' twice, {found[name]!r} and {value!r}: keep one.")
+    return found
 
 
 def parse_flags(words: Sequence[str], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:

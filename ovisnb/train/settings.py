@@ -91,7 +91,7 @@ class Settings(BaseModel):
     )
     vit_preserve_original_pe: bool = Field(True, description="keep the learned positions of the vision transformer")
     vit_use_rope: bool = Field(True, description="rotary positions in the vision transformer")
-    model_init_seed: int = Field(0, ge=0, description="of its new weights")
+    model_init_seed: int = Field(0, ge=0, lt=2**32, description="of its new weights")
     conversation_formatter_class: Literal["Qwen3ConversationFormatter"] = Field(
         "Qwen3ConversationFormatter", description="the one chat format there is"
     )
@@ -144,7 +144,7 @@ class Settings(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    seed: int = Field(42, ge=0, description="order of the samples, dropout")
+    seed: int = Field(42, ge=0, lt=2**32, description="order of the samples, dropout")
 
     bf16: bool = Field(False, description="bfloat16 autocast over float32 weights")
     fp16: bool = Field(False, description="float16 autocast over float32 weights; needs a GPU")
@@ -208,7 +208,7 @@ class Settings(BaseModel):
         None, description="no, steps, epoch; not given: steps, unless save_steps is 0"
     )
     save_total_limit: int | None = Field(2, ge=1, description="older checkpoints are deleted; none keeps all")
-    report_to: str = Field("tensorboard", description='"tensorboard", "wandb", both as a list, or "none"')
+    report_to: str = Field("tensorboard", description='"tensorboard", "wandb", both with a comma between, or "none"')
     run_name: str | None = Field(None, description="what the run is called where it is reported")
 
     num_processes: int | None = Field(None, ge=1, description="another number of processes is refused")
@@ -234,7 +234,12 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """Paths as text; a switch is no number."""
+        """Paths as text; a switch is no number; an empty word, such as an unset shell variable leaves, is no value."""
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(entry, str) and not entry.strip():
+                raise ValueError("It is empty: give a value, or remove the setting")
+            if isinstance(entry, str) and "\0" in entry:
+                raise ValueError("It holds a character that no path has")
         annotation = str(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and ("int" in annotation or "float" in annotation):
             raise ValueError("Input should be a number")
@@ -274,6 +279,8 @@ class Settings(BaseModel):
     @field_validator("stage", mode="before")
     @classmethod
     def _stage_by_name(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return str(value)
         return {"1": 1, "2": 2, "3": "sft"}.get(str(value), value)
 
     @field_validator("metric_for_best_model", mode="before")
@@ -329,7 +336,7 @@ class Settings(BaseModel):
         A switch is `--bf16` or `--bf16 true`; a list takes one word or several; `--name=value` works too.
         """
         words = list(argv)
-        file = read_json(words.pop(0)) if words and not words[0].startswith("--") else {}
+        file = read_json(words.pop(0)) if words and not words[0].startswith("-") else {}
         flags = renamed(parse_flags(words, cls.model_fields), cls.model_fields)
         values = renamed(file, cls.model_fields) | flags
         return cls._checked(with_files(values, cls.model_fields, flags))

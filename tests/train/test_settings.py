@@ -128,6 +128,18 @@ def test_two_names_of_one_setting():
         ({"stage": "dpo"}, "'stage' cannot be 'dpo': input should be 'sft'"),
         ({"data_path": 5}, "cannot be 5: input should be a valid string"),
         ({"data_path": ["a.json", None]}, "cannot be None: input should be a valid string"),
+        ({"output_dir": ""}, "'output_dir' cannot be '': it is empty"),
+        ({"train_modules": " "}, "'train_modules' cannot be ' ': it is empty"),
+        ({"data_path": ["a.json", ""]}, "'data_path' cannot be .*: it is empty"),
+        ({"deepspeed": ""}, "'deepspeed' cannot be '': it is empty"),
+        ({"output_dir": "a\0b"}, "'output_dir' cannot be .*: it holds a character that no path has"),
+        ({"stage": True}, "'stage' cannot be 'True'"),
+        ({"seed": 2**32}, "'seed' cannot be 4294967296: input should be less than"),
+        ({"model_init_seed": 2**64, "llm_name_or_path": "l", "vit_name_or_path": "v"}, "'model_init_seed' cannot be"),
+        ({"train_modules": "vit"}, "did you mean 'visual_tokenizer.vit'"),
+        ({"train_modules": "head:1e-4|llm"}, "did you mean 'visual_tokenizer.head'"),
+        ({3: 4}, "Unknown setting '3'"),
+        ({None: 4}, "Unknown setting 'None'"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_sentence(values, message):
@@ -143,6 +155,8 @@ def test_what_cannot_work_is_said_in_one_sentence(values, message):
         (["--output_dir", "a", "b"], "--output_dir takes one value, not 2"),
         (["--learning_rte", "1"], "did you mean 'learning_rate'"),
         (["missing.json"], "no settings file missing.json"),
+        (["-lr", "1e-4"], "'-lr' is not a flag"),
+        (["--output_dir="], "'output_dir' cannot be '': it is empty"),
     ],
 )
 def test_bad_flags(argv, message):
@@ -163,6 +177,23 @@ def test_broken_file_names_the_line(tmp_path):
     file.write_text("[1]")
     with pytest.raises(SettingsError, match="not a list"):
         Settings.from_json(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"max_steps": 3, "max_steps": 4}', "gives 'max_steps' twice, 3 and 4"),
+        ('{"sft_config": {"bf16": true, "bf16": false}}', "gives 'bf16' twice"),
+        ("[" * 100_000, "is no valid JSON"),
+        ('{"max_steps": ' + "9" * 5000 + "}", "is no valid JSON"),
+    ],
+)
+def test_a_file_that_json_lets_pass_or_cannot_read(tmp_path, text, message):
+    file = tmp_path / "sft.json"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        Settings.from_json(file)
+    assert len(str(caught.value)) < 300
     file.write_bytes("{}".encode("utf-16"))
     with pytest.raises(SettingsError, match="not UTF-8"):
         Settings.from_json(file)
