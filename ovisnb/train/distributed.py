@@ -34,6 +34,7 @@ from ovisnb.train.settings import Settings, SettingsError
 
 SAME_SIGNAL = 2.0  # seconds in which a signal that comes again is the same one, sent on by a launcher
 _watching: list[Any] = []  # who takes signals now
+_locks: set[int] = set()  # descriptors of run folders that are held now
 
 
 class Stopped(KeyboardInterrupt):
@@ -252,6 +253,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -265,7 +267,17 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # a DataLoader's workers may live on, and closing alone would leave them the lock
             fcntl.flock(descriptor, fcntl.LOCK_UN)
+        _locks.discard(descriptor)
         os.close(descriptor)
+
+
+def _leave_locks() -> None:
+    """In a process forked from a run, as a DataLoader's worker is: it outlives a killed run for seconds."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def check_free(folder: Path) -> None:

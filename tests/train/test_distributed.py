@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import ovisnb
 from ovisnb.train import SettingsError, run_sft
 from ovisnb.train.callbacks import read_metrics
-from ovisnb.train.distributed import check_world, check_wrapper, held, says_error
+from ovisnb.train.distributed import check_free, check_world, check_wrapper, held, says_error
 
 from .together import TORCHRUN, finish, needs_compiler, start
 
@@ -32,9 +33,17 @@ def mixed(data):
 
 
 @pytest.fixture
-def alone(toy, mixed):
+def evaluation(mixed):
+    """Changes of a run that evaluates in its end, on a number of records that two processes do not share evenly."""
+    file = mixed.with_name("evaluation.jsonl")
+    file.write_text("".join(line + "\n" for line in mixed.read_text().splitlines()[3:]))
+    return {"eval_data_path": str(file), "eval_steps": STEPS, "per_device_eval_batch_size": 4}
+
+
+@pytest.fixture
+def alone(toy, mixed, evaluation):
     """The run in one process: four samples a step."""
-    return run_sft(toy("alone", max_steps=STEPS, per_device_train_batch_size=4, save_steps=0))
+    return run_sft(toy("alone", max_steps=STEPS, per_device_train_batch_size=4, save_steps=0, **evaluation))
 
 
 def together(toy, tmp_path, cases):
@@ -64,6 +73,11 @@ def check_same(folder, alone):
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4), f"step {line['step']}"
         if "grad_norm" in line:  # DeepSpeed's stage 0 tells none in float32
             assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3), f"step {line['step']}"
+    evaluated = [
+        [line["eval_loss"] for line in read_metrics(path / "metrics.jsonl") if "eval_loss" in line]
+        for path in (folder, alone)
+    ]
+    assert len(evaluated[0]) == 1 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
     one, other = (load_file(path / "final" / "model.safetensors") for path in (folder, alone))
     assert one.keys() == other.keys()
     for name, wanted in other.items():
@@ -73,19 +87,19 @@ def check_same(folder, alone):
     ovisnb.load(folder / "final")
 
 
-def test_two_processes_train_as_one(toy, tmp_path, alone):
-    cases = {"ddp": {}, "again-stopped": {}, "again-resumed": {}}
+def test_two_processes_train_as_one(toy, tmp_path, alone, evaluation):
+    cases = {"ddp": evaluation, "again-stopped": {}, "again-resumed": {}}
     seen = together(toy, tmp_path, cases)
     assert seen == {name: [2, "DistributedDataParallel", "2 processes, DDP"] for name in cases}
     check_same(tmp_path / "ddp", alone)
     check_resumed(tmp_path / "again", tmp_path / "ddp")
 
 
-def test_zero_trains_as_one_process(toy, tmp_path, alone):
+def test_zero_trains_as_one_process(toy, tmp_path, alone, evaluation):
     needs_compiler()
-    cases = {f"zero{stage}": {"deepspeed": f"zero{stage}"} for stage in range(3)}
+    cases = {f"zero{stage}": {"deepspeed": f"zero{stage}"} | evaluation for stage in range(3)}
     cases |= {"again-stopped": {"deepspeed": "zero2"}, "again-resumed": {"deepspeed": "zero2"}}
-    cases |= {"zero3": {"deepspeed": "zero3"}}
+    cases |= {"zero3": {"deepspeed": "zero3"} | evaluation}
     seen = together(toy, tmp_path, cases)
     stages = {name: values["deepspeed"].removeprefix("zero") for name, values in cases.items()}
     assert seen == {
@@ -154,6 +168,24 @@ def test_two_runs_do_not_train_into_one_folder(toy, tmp_path):
     with held(tmp_path / "run"), pytest.raises(SettingsError, match="A run is training into .*run now: wait for it"):
         run_sft(settings)
     run_sft(settings)
+
+
+def test_what_a_killed_run_forked_does_not_keep_its_folder(tmp_path):
+    """A DataLoader's workers see only after seconds that their run is gone; the same command is given at once."""
+    come, go = os.pipe(), os.pipe()
+    if not (run := os.fork()):
+        with held(tmp_path):
+            if not os.fork():
+                os.close(go[1])
+                os.write(come[1], b"x")
+                os.read(go[0], 1)  # until the test ends
+                os._exit(0)
+            os.read(come[0], 1)
+            os._exit(0)  # as by SIGKILL: nothing is cleaned up
+    os.waitpid(run, 0)
+    check_free(tmp_path)
+    for end in (*come, *go):
+        os.close(end)
 
 
 def test_a_process_alone_says_its_errors():
