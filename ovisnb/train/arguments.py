@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
@@ -73,12 +73,28 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         raise SettingsError(
             f"These settings do not suit transformers' Trainer: {' '.join(str(error).split())}."
         ) from None
+    _check_schedule(settings)
     join(arguments)
     if arguments.n_gpu > 1:
         # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
         print(f"{arguments.n_gpu} GPUs are visible and one is used: torchrun --nproc_per_node starts one process each")
         arguments._n_gpu = 1
     return arguments
+
+
+def _check_schedule(settings: Settings) -> None:
+    """SettingsError for arguments of scheduler or optimizer that Trainer would stumble over with the model loaded."""
+    for pair in (settings.optim_args or "").split(","):
+        if settings.optim_args and pair.count("=") != 1:
+            raise SettingsError(f'optim_args "{pair.strip()}" is no name=value: give "name=value,name=value".')
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
+    try:
+        get_scheduler(settings.lr_scheduler_type, optimizer, 0, 100, settings.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f'lr_scheduler_type "{settings.lr_scheduler_type}" cannot be made with lr_scheduler_kwargs '
+            f"{settings.lr_scheduler_kwargs or {}}: {' '.join(str(error).split()).rstrip('.')}."
+        ) from None
 
 
 def _reporters(settings: Settings) -> list[str]:
