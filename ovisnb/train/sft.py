@@ -12,6 +12,7 @@ The run folder (output_dir) then holds
                      its complete.json is there: it is written last and names all files
     final/           the trained model in the native layout, of stages 1 and 2 as pytorch_model.bin; it appears whole
                      or not at all
+    final.json       the step whose weights final/ holds; not there while a run trains on past it
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from ovisnb.train.stopping import best_in, best_of, stopped_early, stopping
 from ovisnb.train.stream import PLACES, EpochOfStream, Places, StreamSamples
 from ovisnb.train.trainer import COUNT, SftTrainer, count_of
 
+FINAL = "final.json"
 # they shape the optimizer's state
 OPTIMIZER_SETTINGS = {"train_modules", "freeze_llm", "freeze_vision_tower", "optim", *LORA_SHAPE}
 
@@ -161,11 +163,12 @@ def run_sft(
     if checkpoint and (step_of(checkpoint) >= trainer.planned_steps() or stopped_early(checkpoint, settings)):
         # Trainer would take one step more
         print(f"{checkpoint.name} is the end of this run: nothing is left to train", flush=True)
-        if (folder / "final").exists():
-            return folder
-        unset_hf_deepspeed_config()  # the weights whole, not in ZeRO-3's parts
         best = best_of(checkpoint) if settings.load_best_model_at_end else None
         finished = best.checkpoint if best else checkpoint
+        step = step_of(finished)
+        if (folder / "final").exists() and _final_step(folder) == step:
+            return folder
+        unset_hf_deepspeed_config()  # the weights whole, not in ZeRO-3's parts
         if settings.use_lora:
             load_weights(trainer.model, finished)
         else:
@@ -175,14 +178,18 @@ def run_sft(
         trainer.add_callback(stop)
         plan_run(trainer, records, encoder)
         with _no_bars(), held(folder), stop.watching(), told_when_full(folder, folder):
+            if arguments.process_index == 0:
+                (folder / FINAL).unlink(missing_ok=True)  # from now on final/ is of an earlier end
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.raise_if_stopped()
         best = best_in(trainer.state) if settings.load_best_model_at_end else None
+        step = step_of(best.checkpoint) if best else trainer.state.global_step
     with whole_weights(trainer) as trained_model:
         if trainer.is_world_process_zero():
             final = folder / "final"
             with _no_bars(), told_when_full(final, folder, takes=bytes_of(trained_model)):
                 save(trained_model, processor, final, safe=settings.stage not in (1, 2))
+                write_json({"step": step}, folder / FINAL)
             print(f"saved {final}" + (f": {best}" if best else ""), flush=True)
     return folder
 
@@ -210,8 +217,9 @@ def _count_then(checkpoint: Path, now: int | None) -> int | None:
     return now if now is None or then is None else then
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _final_step(folder: Path) -> int | None:
+    """The step whose weights final/ holds; None where that was not written to its end since the run last trained."""
+    return json.loads((folder / FINAL).read_text(encoding="utf-8"))["step"] if _is_json(folder / FINAL) else None
 
 
 def _records(settings: Settings, train: Any, evaluation: Any) -> tuple[Any, Any]:

@@ -108,6 +108,21 @@ def test_a_run_can_go_on_with_other_settings(toy, capsys):
     assert Settings.from_json(folder / "settings.json").max_steps == 4
 
 
+def test_a_final_model_of_an_earlier_end_is_replaced(toy, monkeypatch):
+    """A run that was given more steps and was killed between its last checkpoint and final/."""
+    folder = run_sft(toy(max_steps=3))
+
+    def gone(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("ovisnb.train.sft.save", gone)
+        run_sft(toy(max_steps=6))
+    run_sft(toy(max_steps=6))
+    final, last = weights(folder / "final"), weights(folder / "checkpoint-6")
+    assert all(torch.equal(final[name], tensor) for name, tensor in last.items())
+
+
 def test_data_that_grew_since_the_checkpoint_is_told(toy, data, capsys):
     run_sft(toy(max_steps=3))
     with data.open("a") as file:
