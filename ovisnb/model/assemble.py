@@ -52,7 +52,8 @@ def assemble(
     norm the logits z are standard normal, so softmax(z) averages about V/e words, and the table's rows need a
     standard deviation of sqrt(V/e) times that of the text embeddings.
 
-    Raises ValueError for a language model whose output layer has a bias, and for another kind of vision tower.
+    Raises ValueError for a language model whose output layer has a bias or whose logits are scaled or capped after it,
+    and for another kind of vision tower.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -119,7 +120,32 @@ def open_language_model(llm, tokenizer, dtype):
             f"The output layer of {language.config.model_type} is not a Linear without bias, which Ovis needs; "
             "choose a language model such as Qwen3, Llama or GPT-2."
         )
+    check_logits(language)
     return language, tokenizer
+
+
+@torch.no_grad()
+def check_logits(language) -> None:
+    """ValueError for a language model whose logits are not its output layer's alone: scaled (Granite, Cohere) or capped
+    (Gemma 2). Ovis's head would leave that out, and configs call it by many names, so a few tokens are tried."""
+    hidden, plain = [], []
+    head, training = language.get_output_embeddings(), language.training
+    hooks = [
+        language.base_model.register_forward_hook(lambda module, inputs, output: hidden.append(output[0].clone())),
+        head.register_forward_hook(lambda module, inputs, output: plain.extend((inputs[0].clone(), output.clone()))),
+    ]
+    try:
+        ids = torch.arange(min(16, head.out_features), device=language.device)[None]
+        logits = language.eval()(input_ids=ids, use_cache=False).logits
+    finally:
+        language.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not (torch.equal(hidden[0], plain[0]) and torch.equal(logits, plain[1].to(logits.dtype))):
+        raise ValueError(
+            f"{language.config.model_type} scales or caps its logits beside the output layer, which "
+            "Ovis does not; choose a language model such as Qwen3, Llama or GPT-2."
+        )
 
 
 def open_whole(auto_class, path_or_id, dtype):

@@ -8,10 +8,15 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
+    GraniteConfig,
     PhiConfig,
     Qwen2Tokenizer,
     Qwen3Config,
@@ -207,6 +212,28 @@ def test_what_cannot_be_assembled_is_told(golden, qwen, siglip, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"lacks 16 tensors .*layers\.2"):
         assemble(qwen, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "config", [Gemma2Config(head_dim=16), GraniteConfig(logits_scaling=8.0), CohereConfig(logit_scale=0.0625)]
+)
+def test_a_language_model_that_scales_or_caps_its_logits_is_refused(config, siglip, golden):
+    """Ovis gives the logits of the output layer alone: they would be others than the language model's."""
+    config.update(SMALL | {"vocab_size": 640, "num_key_value_heads": 2})
+    tokenizer = Qwen2Tokenizer.from_pretrained(golden / "checkpoint")
+    with pytest.raises(ValueError, match=f"{config.model_type} scales or caps its logits beside"):
+        assemble(config, siglip, tokenizer=tokenizer)
+
+
+def test_a_language_model_keeps_its_logits(siglip, golden):
+    tokenizer = Qwen2Tokenizer.from_pretrained(golden / "checkpoint")
+    config = GemmaConfig(**SMALL, vocab_size=640, num_key_value_heads=1, head_dim=24)
+    model, _ = assemble(config, siglip, tokenizer=tokenizer, seed=3)
+    torch.manual_seed(3)
+    alone = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(600, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, alone(input_ids=ids).logits)
 
 
 def test_the_released_layout_is_for_qwen3_only(gpt2, siglip, tmp_path):
