@@ -16,6 +16,7 @@ from torch import nn
 
 from ovisnb.model import CheckpointError, load, save
 from ovisnb.model.adapters import ADAPTER_BASE, adapter_files, is_quantized
+from ovisnb.model.checkpoint import read_config, torch_dtype
 from ovisnb.model.files import read_json
 
 LAYOUTS = ("native", "released")
@@ -59,12 +60,18 @@ def merge(
     if about.get("quantization"):
         bits = "4" if about["quantization"].get("load_in_4bit") else "8"
         print(f"the adapter was trained on a base in {bits} bit: it is merged into the whole weights of that base")
-    model, processor = load(adapter, dtype=dtype or about.get("dtype"), base_model=base_model)
+    opened = about.get("dtype")
+    if dtype is not None:  # no narrower than the base was trained on: it is rounded with its update, not before
+        written = torch_dtype(dtype)
+        before = opened or read_config(found.base(base_model))[1].dtype or torch.float32
+        opened = torch.promote_types(torch_dtype(before), written)
+    model, processor = load(adapter, dtype=opened, base_model=base_model)
     if is_quantized(model.get_base_model()):
         raise CheckpointError(
             f"{found.base(base_model)} itself is quantized: give base_model, the same in whole weights."
         )
-    save(merged_model(model), processor, target, layout=layout)
+    merged = merged_model(model)
+    save(merged if dtype is None else merged.to(written), processor, target, layout=layout)
     return target
 
 

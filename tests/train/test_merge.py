@@ -84,6 +84,25 @@ def test_the_weights_have_the_dtype_that_training_had(trained, tmp_path):
         assert all(torch.equal(found[name], rounded[name]) for name in rounded)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_whole_base_is_not_rounded_before_the_adapter_is_added(plain, trained, tmp_path):
+    """A base stored in float32, written in bfloat16: rounding the base and then the sum gives other weights."""
+    base, processor = ovisnb.load(TINY, dtype="float32")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1 + 2**-9 / 3)  # between bfloat16's numbers
+    ovisnb.save(base, processor, tmp_path / "base")
+    adapter = shutil.copytree(trained("llm")[0], tmp_path / "adapter")
+    if plain:
+        (adapter / "adapter_base.json").unlink()
+    whole, written = (
+        load_file(merge(adapter, tmp_path / name, base_model=tmp_path / "base", dtype=name) / "model.safetensors")
+        for name in ("float32", "bfloat16")
+    )
+    assert all(tensor.dtype == torch.bfloat16 for tensor in written.values())
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in whole.items())
+
+
 def test_an_adapter_of_a_4_bit_base_says_what_it_is_merged_into(trained, tmp_path, capsys):
     folder, _, _ = trained("4 bit")
     merge(folder, tmp_path / "merged")
