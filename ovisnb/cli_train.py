@@ -87,9 +87,12 @@ def _plan_flags() -> argparse.ArgumentParser:
 
 def _gib(text: str) -> float:
     """A number of GiB above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB above 0, such as 24")
     return value
 
 

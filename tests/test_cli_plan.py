@@ -63,7 +63,7 @@ def test_bad_settings_are_one_sentence(config, words, said, capsys):
 def test_mistakes_in_its_own_flags(config, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", config, "--gpu_memory", "none"])
-    assert stopped.value.code == 2 and "--gpu_memory" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--gpu_memory: 'none' is no number of GiB above 0" in capsys.readouterr().err
     assert main(["plan"]) == 1
     assert "give model_path" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
@@ -73,7 +73,7 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
         raise SettingsError(
             f"These settings do not suit transformers' Trainer: {' '.join(str(error).split())}."
         ) from None
-    _check_schedule(settings)
+    _check_optimizer(settings, arguments)
     join(arguments)
     if arguments.n_gpu > 1:
         # One process drives one GPU: DataParallel would cut pixel_values at the wrong patches.
@@ -82,11 +82,17 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
     return arguments
 
 
-def _check_schedule(settings: Settings) -> None:
+def _check_optimizer(settings: Settings, arguments: TrainingArguments) -> None:
     """SettingsError for arguments of scheduler or optimizer that Trainer would stumble over with the model loaded."""
     for pair in (settings.optim_args or "").split(","):
         if settings.optim_args and pair.count("=") != 1:
             raise SettingsError(f'optim_args "{pair.strip()}" is no name=value: give "name=value,name=value".')
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
+    except (ImportError, ValueError) as error:  # such as a package that is not here
+        raise SettingsError(
+            f'optim "{settings.optim}" cannot be made: {" ".join(str(error).split()).rstrip(".")}.'
+        ) from None
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
     try:
         get_scheduler(settings.lr_scheduler_type, optimizer, 0, 100, settings.lr_scheduler_kwargs)

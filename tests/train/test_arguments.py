@@ -21,6 +21,9 @@ def made(folder, **values):
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, "lr_end"),
         ({"optim_args": "momentum"}, 'optim_args "momentum"'),
         ({"optim_args": "a=1,b=2=3"}, 'optim_args "b=2=3"'),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, 'optim "sgd" cannot be made: .*much'),
+        ({"optim": "adamw_torch_xla"}, 'optim "adamw_torch_xla" cannot be made: .*torch_xla'),
+        ({"optim": "galore_adamw", "optim_args": "rank=2"}, 'optim "galore_adamw" cannot be made'),
         ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType"),
     ],
 )
@@ -38,6 +41,7 @@ def test_what_the_trainer_would_stumble_over_is_said_before(tmp_path, values, me
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
         {"lr_scheduler_type": "inverse_sqrt", "warmup_ratio": 0.1},
         {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"optim": "adafactor"},
     ],
 )
 def test_what_the_trainer_takes(tmp_path, values):
