@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from ovisnb.data.files import write_json
@@ -28,6 +29,7 @@ from ovisnb.train.vision_cache import VisionCache
 
 SHOWN_TRUNCATIONS = 3
 COUNT = "data_records.json"
+ASKED = ("lr", "weight_decay", "betas", "eps")  # what the settings say of a group of weights
 
 
 class Counting(Watched, Guarded):
@@ -39,6 +41,7 @@ class Counting(Watched, Guarded):
         self.model_accepts_loss_kwargs = settings.accepts_loss_kwargs
         self.seen: dict[str, Any] | None = None
         self.truncated = 0
+        self.asked: list[dict[str, Any]] | None = None
         self.vision_cache: VisionCache | None = None
         self.batches: PlannedBatches | None = None
 
@@ -156,7 +159,26 @@ class Counting(Watched, Guarded):
                     )
             else:
                 self.optimizer_cls_and_kwargs = kind, options | {"params": groups}  # which Trainer takes for the groups
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        self.asked = [{name: group[name] for name in ASKED if name in group} for group in optimizer.param_groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, with the settings as they are now: the states bring back the rates and decays of then."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.asked is None:  # a DeepSpeed file may bring an optimizer of its own
+            return
+        for group, asked in zip(self.optimizer.param_groups, self.asked, strict=True):
+            group.update(asked, lr=group["lr"])
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # within accelerate's
+        if not isinstance(scheduler, LambdaLR):
+            return  # such as reduce_lr_on_plateau, whose rate follows from what was
+        scheduler.base_lrs = [asked["lr"] for asked in self.asked]
+        for group, base, share in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["initial_lr"], group["lr"] = base, base * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice (no biases, no norms) without embeddings: a rare row would shrink each step unseen."""

@@ -108,6 +108,21 @@ def test_a_run_can_go_on_with_other_settings(toy, capsys):
     assert Settings.from_json(folder / "settings.json").max_steps == 4
 
 
+def test_changed_rates_and_decays_hold_from_the_next_step(toy):
+    """And so does a schedule that ends elsewhere: neither comes back with the states in the checkpoint."""
+    run_sft(toy(max_steps=2, save_steps=2, lr_scheduler_type="linear", train_modules="llm:1e-3|vte:2e-3"))
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.1, "adam_beta1": 0.5, "lr_scheduler_type": "linear"}
+    folder = run_sft(toy(max_steps=4, save_steps=4, train_modules="llm:1e-3|vte:2e-3", **changes))
+    rates = [line["learning_rate"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert rates == pytest.approx([2e-3, 1e-3, 1e-3, 5e-4])  # those of the first group
+    groups = torch.load(folder / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+    assert {group["betas"] for group in groups} == {(0.5, 0.999)}
+    run_sft(toy("other", max_steps=1, save_steps=1, lr_scheduler_type="constant"))
+    folder = run_sft(toy("other", max_steps=2, save_steps=2, lr_scheduler_type="constant", learning_rate=1e-4))
+    assert [line["learning_rate"] for line in read_metrics(folder / "metrics.jsonl")] == pytest.approx([1e-3, 1e-4])
+
+
 def test_a_final_model_of_an_earlier_end_is_replaced(toy, monkeypatch):
     """A run that was given more steps and was killed between its last checkpoint and final/."""
     folder = run_sft(toy(max_steps=3))
@@ -121,6 +136,16 @@ def test_a_final_model_of_an_earlier_end_is_replaced(toy, monkeypatch):
     run_sft(toy(max_steps=6))
     final, last = weights(folder / "final"), weights(folder / "checkpoint-6")
     assert all(torch.equal(final[name], tensor) for name, tensor in last.items())
+
+
+@pytest.mark.parametrize(
+    "tail", [b"7\n", b'{"loss": 1}\n', b"\xff\xfe", b"\x00" * 40], ids=["number", "no step", "bytes", "zeros"]
+)
+def test_metrics_end_where_a_line_is_none(tmp_path, tail):
+    """A power cut may leave any bytes: the run goes on."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + tail)
+    assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
 
 
 def test_data_that_grew_since_the_checkpoint_is_told(toy, data, capsys):
