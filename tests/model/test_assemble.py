@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Tokenizer,
     GraniteConfig,
+    OPTConfig,
     PhiConfig,
     Qwen2Tokenizer,
     Qwen3Config,
@@ -225,9 +226,15 @@ def test_a_language_model_that_scales_or_caps_its_logits_is_refused(config, sigl
         assemble(config, siglip, tokenizer=tokenizer)
 
 
-def test_a_language_model_keeps_its_logits(siglip, golden):
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmaConfig(**SMALL, vocab_size=640, num_key_value_heads=1, head_dim=24),
+        OPTConfig(vocab_size=640, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2),
+    ],
+)
+def test_a_language_model_keeps_its_logits(config, siglip, golden):
     tokenizer = Qwen2Tokenizer.from_pretrained(golden / "checkpoint")
-    config = GemmaConfig(**SMALL, vocab_size=640, num_key_value_heads=1, head_dim=24)
     model, _ = assemble(config, siglip, tokenizer=tokenizer, seed=3)
     torch.manual_seed(3)
     alone = AutoModelForCausalLM.from_config(config).eval()
