@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -187,6 +188,8 @@ def run_sft(
     with whole_weights(trainer) as trained_model:
         if trainer.is_world_process_zero():
             final = folder / "final"
+            for part in folder.glob(f".{final.name}-*"):  # of a run that was killed while it wrote it
+                shutil.rmtree(part, ignore_errors=True)
             with _no_bars(), told_when_full(final, folder, takes=bytes_of(trained_model)):
                 save(trained_model, processor, final, safe=settings.stage not in (1, 2))
                 write_json({"step": step}, folder / FINAL)

@@ -148,6 +148,13 @@ def test_metrics_end_where_a_line_is_none(tmp_path, tail):
     assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
 
 
+def test_what_a_run_killed_in_final_left_is_removed(toy, tmp_path):
+    (tmp_path / "run" / ".final-x1y2" / "new").mkdir(parents=True)
+    (tmp_path / "run" / ".final-x1y2" / "new" / "model.safetensors").write_bytes(b"half")
+    folder = run_sft(toy(max_steps=1, save_steps=0))
+    assert {path.name for path in folder.iterdir()} == {"settings.json", "metrics.jsonl", "final", "final.json"}
+
+
 def test_data_that_grew_since_the_checkpoint_is_told(toy, data, capsys):
     run_sft(toy(max_steps=3))
     with data.open("a") as file:
