@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -66,14 +66,13 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.see(func, args, kwargs, out)
+        self.see(func, (*args, *(kwargs or {}).values()), out)
         return out
 
-    def see(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Count the tensors that an operator took and made."""
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor, self.part)
+    def see(self, func: Any, args: Any, out: Any, inputs: bool = True) -> None:
+        """Count the tensors that an operator made, and with `inputs` those that it took."""
+        for tensor in tensors_in(args) if inputs else ():
+            self.add(tensor, self.part)
         part = self.part
         if func is aten._to_copy.default and self.part_of(args[0]) == "weights":
             part = COPIES
@@ -81,9 +80,8 @@ class Ledger(TorchDispatchMode):
             part = "gradients"
         elif self.phase == "backward" and func is aten.add.Tensor and self.part_of(args[0]) == "gradients":
             part = "gradients"  # of a tied weight, from both its places
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor, part)
+        for tensor in tensors_in((out,)):
+            self.add(tensor, part)
 
     def add(self, tensor: torch.Tensor, part: str) -> None:
         """Count the storage of a tensor, once, until it is freed."""
@@ -169,6 +167,15 @@ class Ledger(TorchDispatchMode):
             handle.remove()
         self._handles.clear()
         return super().__exit__(*error)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments, or in lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
 
 
 def _has_graph(value: Any) -> bool:

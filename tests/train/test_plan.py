@@ -212,7 +212,8 @@ def test_eight_bits_of_state(tmp_path):
     whole = memory_plan(of(tmp_path), config, samples_of(LONG, config))
     sizes = [parameter.numel() for parameter in Ovis2_5ForConditionalGeneration(config).parameters()]
     kept = sum(size * (8 if size < 4096 else 2 + 8 / 256) for size in sizes)  # small tensors stay in 32 bit
-    assert plan.parts["optimizer"] == pytest.approx(kept, rel=0.001) < whole.parts["optimizer"] / 2.5
+    assert plan.parts["optimizer"] == pytest.approx(kept, rel=0.001)
+    assert plan.parts["optimizer"] < whole.parts["optimizer"] / 2.5
     assert (
         "optimizer" not in memory_plan(of(tmp_path, optim="paged_adamw_8bit"), config, samples_of(LONG, config)).parts
     )
