@@ -67,7 +67,7 @@ def launch(
         values["deepspeed"] = deepspeed
     settings = Settings.from_dict(values)
     deepspeed_config(settings, processes)
-    folder = Path(settings.output_dir)
+    folder = Path(settings.output_dir).absolute()  # a notebook may go elsewhere meanwhile
     if not settings.resume and folder.exists() and any(path.name not in LAUNCHED for path in folder.iterdir()):
         raise SettingsError(f"{folder} is not empty and resume is false: choose another output_dir, or resume.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class Run:
     @classmethod
     def attach(cls, folder: str | Path) -> Run:
         """The run that was last started in a run folder; RunError if none was, or on another machine."""
-        folder = Path(folder)
+        folder = Path(folder).absolute()
         try:
             made = json.loads((folder / LAUNCH).read_text(encoding="utf-8"))
         except FileNotFoundError:

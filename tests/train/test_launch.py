@@ -102,6 +102,17 @@ def test_a_new_run_is_not_the_last_ones(stands_in, settings):
     assert (second.folder / LOG).read_text() == "first\nsecond\n"
 
 
+def test_a_run_is_found_when_its_notebook_has_gone_elsewhere(stands_in, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    stands_in("print('here')\n" + ENDS % 0)
+    run = launch(settings.to_dict() | {"output_dir": "run"})
+    again = Run.attach("run")
+    monkeypatch.chdir("elsewhere")
+    assert run.wait(LIMIT) == again.wait(LIMIT) == 0
+    assert run.lines() == again.lines() == ["here"]
+
+
 def test_a_failed_run_says_why(stands_in, settings):
     stands_in("print('step 1'); print('ovisnb: there is no picture a.png'); print('noise')\n" + ENDS % 1)
     run = launch(settings)
