@@ -76,15 +76,17 @@ class Encoder:
 
 
 class EncodedRecords(Dataset):
-    """Any indexable collection of records, encoded when asked for."""
+    """Any indexable collection of records, encoded when asked for; blank ones make up a multiple of `multiple`."""
 
-    def __init__(self, records: Sequence[Record | dict], encoder: Encoder):
-        self.records, self.encoder = records, encoder
+    def __init__(self, records: Sequence[Record | dict], encoder: Encoder, multiple: int = 1):
+        self.records, self.encoder, self.multiple = records, encoder, multiple
 
     def __len__(self) -> int:
-        return len(self.records)
+        return -(-len(self.records) // self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> Encoded | Skipped:
+        if len(self.records) <= index < len(self):
+            return Skipped("", chat_tokens(self.encoder.processor).pad)
         return self.encoder.sample(lambda: self.records[index])
 
 
@@ -101,10 +103,14 @@ class EncodedStream(IterableDataset):
             yield self.encoder.sample(lambda record=record: record)
 
 
-def encoded_dataset(records: Any, encoder: Encoder) -> EncodedRecords | EncodedStream:
-    """A dataset over records: indexable ones can be shuffled and resumed exactly, others stream in their order."""
+def encoded_dataset(records: Any, encoder: Encoder, multiple: int = 1) -> EncodedRecords | EncodedStream:
+    """A dataset over records: indexable ones can be shuffled and resumed exactly, others stream in their order.
+
+    `multiple`: samples that all processes take at once. What is missing in the end of indexable records is blank;
+    accelerate would take the first ones again, which then count twice.
+    """
     indexable = hasattr(records, "__len__") and hasattr(records, "__getitem__")
-    return (EncodedRecords if indexable else EncodedStream)(records, encoder)
+    return EncodedRecords(records, encoder, multiple) if indexable else EncodedStream(records, encoder)
 
 
 def image_folder(settings: Settings) -> ImageFolder | None:

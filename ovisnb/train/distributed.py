@@ -91,6 +91,19 @@ def check_world(settings: Settings) -> int:
     return world
 
 
+@contextmanager
+def words_of_its_own() -> Iterator[None]:
+    """Give back what accelerate puts into the environment: the process's next run would take it for a launcher's word."""
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
 def join(arguments: TrainingArguments) -> None:
     """Start DeepSpeed's own communication where DeepSpeed is used: accelerate does so on GPUs only.
 

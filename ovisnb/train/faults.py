@@ -35,7 +35,7 @@ class BadDataError(ValueError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """In the place of a sample: why there is none, and the token to fill a batch with that has no sample at all."""
+    """In the place of a sample: why there is none, "" if none is missed, and the token to fill an empty batch with."""
 
     sentence: str
     pad_token_id: int
@@ -52,7 +52,7 @@ class Skipped:
 
 def sound(samples: Sequence[Encoded | Skipped]) -> tuple[list[Encoded], list[str]]:
     """The samples of a batch that are there, and a sentence for each of the others."""
-    skipped = [sample.sentence for sample in samples if isinstance(sample, Skipped)]
+    skipped = [sample.sentence for sample in samples if isinstance(sample, Skipped) and sample.sentence]
     return [sample for sample in samples if not isinstance(sample, Skipped)], skipped
 
 

@@ -98,7 +98,8 @@ class Guarded:
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _counter(self, kind: str, samples: Any, shown: int = SHOWN) -> BadRecords:
-        count = len(samples) // self.args.world_size if hasattr(samples, "__len__") else None
+        records = getattr(samples, "records", samples)  # without the blank ones of an evaluation
+        count = len(records) // self.args.world_size if hasattr(records, "__len__") else None
         return BadRecords(count, kind, shown)
 
     def _of_all(self, kind: str) -> list[int]:

@@ -40,7 +40,7 @@ from ovisnb.train.arguments import training_arguments
 from ovisnb.train.callbacks import MetricsFile, ProgressLines
 from ovisnb.train.checkpoints import bytes_of, last_checkpoint, step_of, told_when_full
 from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, notes_of, open_records
-from ovisnb.train.distributed import CleanStop, check_free, held, whole_weights
+from ovisnb.train.distributed import CleanStop, check_free, held, whole_weights, words_of_its_own
 from ovisnb.train.launch import LAUNCHED
 from ovisnb.train.lora import LORA_SHAPE, adapted, load_weights, trained_shares
 from ovisnb.train.memory import plan_run
@@ -56,6 +56,7 @@ FINAL = "final.json"
 OPTIMIZER_SETTINGS = {"train_modules", "freeze_llm", "freeze_vision_tower", "optim", *LORA_SHAPE}
 
 
+@words_of_its_own()
 def run_sft(
     settings: Settings,
     *,
@@ -94,6 +95,8 @@ def run_sft(
         # workers are forked, and tokenizers' threads do not survive that
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = training_arguments(settings, evaluates=eval_records is not None)
+    if not arguments.deepspeed:
+        unset_hf_deepspeed_config()  # of an earlier run of this process: the model would be loaded in ZeRO-3's parts
     checkpoint = last_checkpoint(folder, tell=print if arguments.process_index == 0 else None)
     if model is None:
         with _no_bars():
@@ -143,6 +146,8 @@ def run_sft(
         samples = StreamSamples(part, encoder, places)
     else:
         samples = encoded_dataset(records, encoder)
+    world = arguments.world_size
+    at_once = world * arguments.per_device_eval_batch_size if world > 1 else 1
     trainer = _trainer_class(settings)(
         model=model,
         args=arguments,
@@ -150,7 +155,7 @@ def run_sft(
         settings=settings,
         data_collator=partial(collate_samples, packed=settings.packing),
         train_dataset=samples,
-        eval_dataset=None if eval_records is None else encoded_dataset(eval_records, encoder),
+        eval_dataset=None if eval_records is None else encoded_dataset(eval_records, encoder, at_once),
         callbacks=[
             MetricsFile(folder / "metrics.jsonl"),
             ProgressLines(),

@@ -121,6 +121,8 @@ class Counting(Watched, Guarded):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not model.training:  # the mean over this process's own tokens, which prediction_step weighs by their number
+            kwargs["num_items_in_batch"] = None
         return super().compute_loss(model, {**inputs, **self.model_options(model.training)}, *args, **kwargs)
 
     def model_options(self, training: bool) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import ovisnb
 from ovisnb.train import SettingsError, run_sft
 from ovisnb.train.callbacks import read_metrics
-from ovisnb.train.distributed import check_free, check_world, check_wrapper, held, says_error
+from ovisnb.train.configs import wanted_deepspeed
+from ovisnb.train.distributed import check_free, check_world, check_wrapper, held, says_error, words_of_its_own
 
 from .together import TORCHRUN, finish, needs_compiler, start
 
@@ -190,3 +191,14 @@ def test_what_a_killed_run_forked_does_not_keep_its_folder(tmp_path):
 
 def test_a_process_alone_says_its_errors():
     assert says_error() and says_error()
+
+
+def test_a_run_leaves_no_word_that_the_next_would_take_for_a_launchers(toy, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    with words_of_its_own():
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate does in a run with DeepSpeed
+    assert wanted_deepspeed(toy()) is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with words_of_its_own():
+        pass
+    assert wanted_deepspeed(toy()) == "zero2"
