@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ovisnb.train.configs import deepspeed_config, fsdp_config, wants_fsdp
+from ovisnb.train.configs import deepspeed_config, fsdp_config, tell_build_locks, wants_fsdp
 from ovisnb.train.distributed import check_world, join
 from ovisnb.train.settings import Settings, SettingsError
 
@@ -67,6 +67,8 @@ def training_arguments(settings: Settings, evaluates: bool) -> TrainingArguments
     }
     if settings.trainer == "trl":
         values |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}  # the encoder did both
+    if values["deepspeed"]:
+        tell_build_locks()
     try:
         arguments = kind(**values)
     except ValueError as error:  # such as the name of no optimizer

@@ -37,6 +37,19 @@ def wanted_deepspeed(settings: Settings) -> str | None:
     return f"zero{stage}" + ("_offload" if "cpu" in devices else "")
 
 
+def tell_build_locks() -> None:
+    """Print which locks DeepSpeed will wait for, which it does without a word; one process of a machine prints."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(root.rglob("lock")) if os.environ.get("LOCAL_RANK", "0") == "0" else []:
+        print(
+            f"DeepSpeed waits until {lock} is gone: if nothing is being built (a run that is killed while it builds "
+            "leaves its lock), delete that file",
+            flush=True,
+        )
+
+
 def wants_fsdp(settings: Settings) -> bool:
     """Whether the settings or `accelerate launch --use_fsdp` ask for fully sharded data parallel."""
     return settings.fsdp or _is_on("ACCELERATE_USE_FSDP")

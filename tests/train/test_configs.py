@@ -9,7 +9,15 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from ovisnb.train import Settings, SettingsError
-from ovisnb.train.configs import CONFIGS, SHIPPED, deepspeed_config, fsdp_config, unused_parts, wanted_deepspeed
+from ovisnb.train.configs import (
+    CONFIGS,
+    SHIPPED,
+    deepspeed_config,
+    fsdp_config,
+    tell_build_locks,
+    unused_parts,
+    wanted_deepspeed,
+)
 
 # Of the earlier scripts.
 ZERO2_CP = {
@@ -141,3 +149,16 @@ def test_fsdp_cuts_at_the_layers_of_the_model(golden_model):
     assert set(config["transformer_layer_cls_to_wrap"]) <= layers
     assert told["fsdp_transformer_layer_cls_to_wrap"].split(",") == config["transformer_layer_cls_to_wrap"]
     assert config["activation_checkpointing"] and told["fsdp_version"] == config["version"] == 2
+
+
+def test_a_lock_that_a_killed_build_left_is_told_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    tell_build_locks()
+    assert capsys.readouterr().out == ""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        tell_build_locks()
+    assert capsys.readouterr().out.count(f"DeepSpeed waits until {lock} is gone") == 1
