@@ -39,6 +39,7 @@ from ovisnb.model import load, save
 from ovisnb.train.arguments import training_arguments
 from ovisnb.train.callbacks import MetricsFile, ProgressLines
 from ovisnb.train.checkpoints import bytes_of, last_checkpoint, step_of, told_when_full
+from ovisnb.train.checks import parse_modules
 from ovisnb.train.dataset import Encoder, collate_samples, encoded_dataset, notes_of, open_records
 from ovisnb.train.distributed import CleanStop, check_free, held, whole_weights, words_of_its_own
 from ovisnb.train.launch import LAUNCHED
@@ -82,6 +83,8 @@ def run_sft(
     folder = Path(settings.output_dir)
     if not settings.resume and folder.exists() and any(path.name not in LAUNCHED for path in folder.iterdir()):
         raise SettingsError(f"{folder} is not empty and resume is false: choose another output_dir, or resume.")
+    if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
+        raise SettingsError(f"image_folder {settings.image_folder} is not a folder: give the folder of the pictures.")
     records, eval_records = _records(settings, train_dataset, eval_dataset)
     if not hasattr(records, "__len__") and settings.max_steps < 1:
         raise SettingsError("The training data is a stream without a length: give max_steps.")
@@ -113,6 +116,8 @@ def run_sft(
 
     changes = _changes(folder / "settings.json", settings) if checkpoint else {}
     for name in OPTIMIZER_SETTINGS & changes.keys():  # read by every process before the first one writes
+        if name == "train_modules" and len({tuple(_moving(words)) for words in changes[name]}) == 1:
+            continue  # the same parts at other rates
         raise SettingsError(
             f"{name} was {changes[name][0]!r} in the run in {folder} and is {changes[name][1]!r} now, which its "
             "optimizer's state does not fit: choose another output_dir, or the earlier value."
@@ -217,6 +222,11 @@ def _changes(file: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
     before = json.loads(file.read_text(encoding="utf-8"))
     pairs = {name: (before[name], now) for name, now in settings.to_dict().items() if name in before}
     return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+
+def _moving(modules: str | None) -> list[str]:
+    """The names in train_modules whose rate is not 0."""
+    return [name for name, rate in parse_modules(modules or "all").items() if rate != 0]
 
 
 def _count_then(checkpoint: Path, now: int | None) -> int | None:

@@ -339,6 +339,20 @@ def test_truncation_is_told_a_few_times(toy, capsys):
     assert (folder / "final").exists()
 
 
+def test_a_run_continues_at_other_rates_of_the_same_parts(toy, capsys):
+    run_sft(toy(train_modules="vte|llm:1e-4", max_steps=1, save_steps=1))
+    folder = run_sft(toy(train_modules="vte:1e-5|llm:2e-4", max_steps=2, save_steps=1))
+    assert "continuing from checkpoint-1" in capsys.readouterr().out
+    assert (folder / "checkpoint-2").is_dir()
+    with pytest.raises(SettingsError, match="train_modules was .* which its optimizer's state does not fit"):
+        run_sft(toy(train_modules="vte:1e-5|llm:0", max_steps=3, save_steps=1))
+
+
+def test_an_image_folder_that_is_none_is_refused_at_once(toy):
+    with pytest.raises(SettingsError, match="image_folder nowhere is not a folder"):
+        run_sft(toy(image_folder="nowhere", model_path="neither"))
+
+
 def test_embeddings_and_norms_are_not_decayed(golden, toy):
     model, _ = ovisnb.model.load(golden / "checkpoint")
     decayed = SftTrainer.get_decay_parameter_names(SftTrainer.__new__(SftTrainer), model)
