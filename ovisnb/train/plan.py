@@ -16,8 +16,10 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ from ovisnb.chat import Encoded
 from ovisnb.model import Ovis2_5Config, Ovis2_5ForConditionalGeneration, Ovis2_5ImageProcessor, loss, vision
 from ovisnb.model.adapters import KEPT_WHOLE
 from ovisnb.model.checkpoint import load_processor, read_config, read_json
+from ovisnb.train.configs import deepspeed_config
 from ovisnb.train.dataset import open_records
 from ovisnb.train.ledger import COPIES, GATHERED, PARTS, TRAFFIC
 from ovisnb.train.lora import adapted
@@ -45,6 +48,11 @@ RESERVED = 2**30
 """Bytes of a card that CUDA itself takes (its context and kernels), and that no tensor can have; between 0.4 and 1 GiB."""
 SPARE = 0.05
 """Share of what is planned that the allocator loses in pieces too small to use."""
+_ELSEWHERE = {
+    *("output_dir", "run_name", "model_path", "data_path", "eval_data_path", "image_folder", "data_name"),
+    *("max_steps", "save_steps", "logging_steps", "num_train_epochs", "learning_rate", "seed", "report_to"),
+}
+"""Settings that no tensor of a step depends on, but through its model and batch."""
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a number in NF4 with double quantization: blocks of 64 with a one-byte scale, 256 of these with a float32 one
 (QLoRA, arXiv 2305.14314)."""
@@ -115,20 +123,21 @@ def memory_plan(
     world_size: int = 1,
     device: str | None = None,
     middling: bool = True,
+    batch: Load | None = None,
 ) -> MemoryPlan:
     """The plan of a run with these settings.
 
     config: the model's; None: that of model_path, whose weights are not read. samples: some of the training data, as
     `ovisnb.train.plan_batch.read_samples` reads them; None: those of data_path, and without data a batch as large as
     the settings allow; the same for an empty list. device: "cuda" or "cpu", None: what this machine trains on.
-    middling: plan a middling batch of the data as well.
+    middling: plan a middling batch of the data as well. batch: plan this one, whatever the data.
 
     Raises SettingsError for settings that cannot be planned, and what opening the model's config and the data raises.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet(), torch.random.fork_rng(devices=[]):
         config = planned_config(settings) if config is None else copy.deepcopy(config)
-        if samples is None and settings.data_path:
+        if samples is None and batch is None and settings.data_path:
             records = open_records(settings.data_path, settings, names=settings.data_name, streaming=settings.streaming)
             processor = load_processor(settings.model_path)
             samples = read_samples(settings, records, processor)
@@ -136,14 +145,12 @@ def memory_plan(
             config.image_token_id, config.image_start_token_id, config.image_end_token_id = ids.all[:3]
             config.video_start_token_id, config.video_end_token_id = ids.all[3:]
         parallel = parallel_of(settings, world_size)
-        largest, other = loads(settings, config, samples, image_limits(settings))
-        with _chunks(device, parallel.gathers):
-            traced = trace(_step(settings, config, largest, parallel, device))
-            mean = None
-            if other is not None and middling:
-                same = str(other).rpartition(";")[0] == str(largest).rpartition(";")[0]
-                found = traced if same else trace(_step(settings, config, other, parallel, device))
-                mean = max(found.peaks.values())
+        largest, other = (batch, None) if batch else loads(settings, config, samples, image_limits(settings))
+        traced = _traced(settings, config, largest, parallel, device)
+        mean = None
+        if other is not None and middling:
+            same = str(other).rpartition(";")[0] == str(largest).rpartition(";")[0]
+            mean = max((traced if same else _traced(settings, config, other, parallel, device)).peaks.values())
     notes = ["torch.compile is not planned: it usually takes less"] if settings.torch_compile else []
     return MemoryPlan(
         parts={part: traced.parts[part] for part in PARTS if part in traced.parts},
@@ -178,7 +185,7 @@ def _step(settings: Settings, config: Ovis2_5Config, load: Load, parallel: Paral
     pixels = sum(4 * rows * columns for rows, columns in load.pixels.values())
     return Step(
         build=lambda: _build(settings, config, parallel.dtype),
-        batch=load.inputs,
+        batch=dict(load.inputs) | {"label_smoothing": settings.label_smoothing_factor},
         pixels=load.pixels,
         optimize=_optimizing(settings, device),
         autocast=None if parallel.dtype else _half(settings),
@@ -187,6 +194,35 @@ def _step(settings: Settings, config: Ovis2_5Config, load: Load, parallel: Paral
         factors=parallel.factors,
         held=lambda model: _held(settings, model, parallel) | {"batch": waiting * pixels},
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A step to trace, told apart by everything that decides its memory."""
+
+    key: tuple
+    step: Step = field(compare=False)
+    device: str
+    gathers: bool
+
+
+def _traced(settings: Settings, config: Ovis2_5Config, load: Load, parallel: Parallel, device: str) -> Traced:
+    """`trace`, which a process does once for the same settings, model, and shape of batch."""
+    inputs = [(name, _bytes_of(value)) for name, value in sorted(load.inputs.items())]
+    values = {name: value for name, value in settings.to_dict().items() if name not in _ELSEWHERE}
+    texts = [config.to_json_string(use_diff=False), values, deepspeed_config(settings, parallel.world), load.pixels]
+    key = (*map(str, texts), parallel.world, loss.CHUNK_BYTES, *inputs)
+    return _trace_once(_Asked(key, _step(settings, config, load, parallel, device), device, parallel.gathers))
+
+
+@lru_cache(maxsize=64)
+def _trace_once(asked: _Asked) -> Traced:
+    with _chunks(asked.device, asked.gathers):
+        return trace(asked.step)
+
+
+def _bytes_of(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
 
 
 def _half(settings: Settings) -> torch.dtype | None:

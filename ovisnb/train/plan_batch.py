@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -147,17 +147,30 @@ def _batches(samples: Sequence[Encoded], settings: Settings) -> list[list[Encode
 
 
 def _cost(batch: Sequence[Encoded], settings: Settings, config: Ovis2_5Config) -> int:
-    """Numbers per layer and token that a batch keeps, roughly: enough to find the largest."""
     lengths = [len(sample) for sample in batch]
     tokens = sum(lengths) if settings.packing else len(lengths) * max(lengths)
     grids = [grid for sample in batch for grid in (sample.image_grid_thw, sample.video_grid_thw) if grid is not None]
-    patches = sum(int(grid.prod(1).sum()) for grid in grids)
+    return cost(tokens, sum(int(grid.prod(1).sum()) for grid in grids), config)
+
+
+def cost(tokens: int, patches: int, config: Ovis2_5Config) -> int:
+    """Numbers that a batch keeps for one of many per layer and position, roughly: enough to find the largest."""
     text, vision = config.text_config, config.vision_config
     return tokens * text.hidden_size * text.num_hidden_layers + patches * vision.hidden_size * vision.num_hidden_layers
 
 
 def _load(batch: Sequence[Encoded], settings: Settings, config: Ovis2_5Config, source: str) -> Load:
-    inputs = collate(list(batch), packed=settings.packing)
+    return load_of(collate(list(batch), packed=settings.packing), settings, config, source)
+
+
+def load_of(batch: Mapping[str, Any], settings: Settings, config: Ovis2_5Config, source: str) -> Load:
+    """What a collated batch takes, its pixels there or not. Text is all one token: it makes no difference, and batches
+    of the same shape are the same."""
+    inputs = {name: value for name, value in batch.items() if not _is_float(value)}
+    visual = torch.tensor(config.visual_token_ids)
+    text = next(number for number in range(len(visual) + 1) if number not in config.visual_token_ids)
+    inputs["input_ids"] = inputs["input_ids"].where(torch.isin(inputs["input_ids"], visual), text)
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] == IGNORE_INDEX, text)
     vision, pixels = config.vision_config, {}
     numbers = vision.num_channels * vision.temporal_patch_size * vision.patch_size**2
     for name, grid in _MEDIA.items():
@@ -166,7 +179,12 @@ def _load(batch: Sequence[Encoded], settings: Settings, config: Ovis2_5Config, s
     if settings.vision_cache and pixels:
         patches = sum(rows for rows, _ in pixels.values())
         pixels = {"visual_features": (patches // vision.hidden_stride**2, config.hidden_size)}
-    return Load(inputs, pixels, len(batch), source)
+    lengths = inputs.get("cu_seq_lens_q")
+    return Load(inputs, pixels, len(inputs["input_ids"]) if lengths is None else len(lengths) - 1, source)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _count(number: int, name: str) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ovisnb.model.modeling import Ovis2_5Model
 from ovisnb.train import Settings, run_sft
@@ -157,9 +160,87 @@ def test_a_run_prints_its_plan_and_measures_its_peak(values, capsys):
     folder = run_sft(Settings.from_dict(values))
     said = capsys.readouterr().out
     assert said.index("memory of one process on the CPU, planned") < said.index("step 1/2")
-    assert "resident memory rose by" in said and "of tensors beside the weights" in said
-    # a run that continues logs what one that never stopped does, which resident memory would not
+    assert pair(said)[0] == 2
+    # a run that continues logs what one that never stopped does
     assert not any("peak_memory" in line for line in read_metrics(folder / "metrics.jsonl"))
+
+
+def pair(said: str) -> tuple[int, float, float]:
+    """(step, measured, planned) of the one line that a run on the CPU prints, in MiB."""
+    line = r"memory of step (\d+) at its peak: ([\d.]+) MiB of tensors measured, ([\d.]+) MiB planned for its batch"
+    ((step, measured, planned),) = re.findall(line, said)
+    return int(step), float(measured), float(planned)
+
+
+MEASURED = {
+    "as it is": {},
+    "frozen": {"freeze_vision_tower": True, "gradient_checkpointing": True},
+    "packed, accumulated": {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+    "adapters": {"use_lora": True, "lora_r": 8},
+    "one step": {"max_steps": 1},
+}
+
+
+@pytest.mark.parametrize("row", MEASURED)
+def test_what_a_run_measures_is_near_what_it_planned(values, tmp_path, row, capsys):
+    turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "a colour " * 150}]
+    records = [{"id": f"r{number}", "conversations": turns} for number in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run_sft(Settings.from_dict(values | MEASURED[row]))
+    step, measured, planned = pair(capsys.readouterr().out)
+    assert step == min(2, MEASURED[row].get("max_steps", 2))
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_a_small_batch_is_measured_beside_its_own_plan(values, tmp_path, capsys):
+    """The data's largest batch, which the plan at the start is for, does not come in the steps that are measured."""
+    records = []
+    for number in range(40):
+        turns = [
+            {"from": "human", "value": "Hello"},
+            {"from": "gpt", "value": "a colour " * (900 if number == 7 else 4)},
+        ]
+        records.append({"id": f"r{number}", "conversations": turns})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    changes = {"train_modules": "vte", "text_max_length": 2000}  # which leaves little besides the activations
+    run_sft(Settings.from_dict(values | changes))
+    said = capsys.readouterr().out
+    _, measured, planned = pair(said)
+    assert planned == pytest.approx(measured, rel=0.15)
+    peak = float(re.search(r"peak +([\d.]+) MiB", said)[1])
+    assert peak > 2 * planned
+
+
+def test_counting_a_step_changes_nothing_of_a_run(values, tmp_path, monkeypatch, capsys):
+    counted = run_sft(Settings.from_dict(values | {"output_dir": str(tmp_path / "counted"), "max_steps": 3}))
+    monkeypatch.setattr("ovisnb.train.memory.PeakMemory.begin", lambda self, trainer: None)
+    plain = run_sft(Settings.from_dict(values | {"output_dir": str(tmp_path / "plain"), "max_steps": 3}))
+    one, other = (load_file(folder / "final" / "model.safetensors") for folder in (counted, plain))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    untimed = [
+        [
+            {name: value for name, value in line.items() if name != "seconds"}
+            for line in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (counted, plain)
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_a_step_that_fails_is_counted_no_longer(values, monkeypatch):
+    calls = []
+
+    def broken(self, model, inputs, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no more")
+        return torch.zeros(())
+
+    monkeypatch.setattr("transformers.Trainer.training_step", broken)
+    with pytest.raises(RuntimeError, match="no more"):
+        run_sft(Settings.from_dict(values))
+    assert not _get_current_dispatch_mode_stack()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
