@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,6 +152,8 @@ def memory_plan(
             same = str(other).rpartition(";")[0] == str(largest).rpartition(";")[0]
             mean = max((traced if same else _traced(settings, config, other, parallel, device)).peaks.values())
     notes = ["torch.compile is not planned: it usually takes less"] if settings.torch_compile else []
+    if settings.trainer == "trl" and device == "cuda":
+        notes.append("TRL's output layer is planned for all tokens: on a GPU it takes only the supervised ones")
     return MemoryPlan(
         parts={part: traced.parts[part] for part in PARTS if part in traced.parts},
         formulas=_formulas(settings, config, traced, largest, parallel, device),
@@ -185,9 +187,10 @@ def _step(settings: Settings, config: Ovis2_5Config, load: Load, parallel: Paral
     pixels = sum(4 * rows * columns for rows, columns in load.pixels.values())
     return Step(
         build=lambda: _build(settings, config, parallel.dtype),
-        batch=dict(load.inputs) | {"label_smoothing": settings.label_smoothing_factor},
+        batch=load.inputs,
         pixels=load.pixels,
         optimize=_optimizing(settings, device),
+        loss=_trl_loss if settings.trainer == "trl" else partial(_loss, smoothing=settings.label_smoothing_factor),
         autocast=None if parallel.dtype else _half(settings),
         checkpointing=settings.gradient_checkpointing,
         accumulates=settings.gradient_accumulation_steps > 1,
@@ -229,10 +232,22 @@ def _half(settings: Settings) -> torch.dtype | None:
     return torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
 
 
+def _loss(model: nn.Module, batch: Mapping[str, Any], smoothing: float) -> torch.Tensor:
+    return model(**batch, use_cache=False, num_items_in_batch=1, label_smoothing=smoothing).loss
+
+
+def _trl_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    return model(**batch, fused_lm_head=True).log_probs.sum()
+
+
 def _build(settings: Settings, config: Ovis2_5Config, dtype: torch.dtype | None) -> nn.Module:
     # flash attention keeps for backward what sdpa keeps
     config._attn_implementation = "eager" if settings.attn_implementation == "eager" else "sdpa"
     model = Ovis2_5ForConditionalGeneration(config)
+    if settings.trainer == "trl":
+        from trl.trainer.utils import add_fused_lm_head  # TRL takes seconds to import
+
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     if settings.use_lora:
         model.config.name_or_path = settings.model_path or "model"
         whole = settings.model_copy(update={"load_in_4bit": False})  # what 4 bit saves is in `_held`
@@ -329,6 +344,8 @@ def _formulas(
         "batch": "pixels, float32, of the batches of a step",
         "other": "text embeddings, positions",
     }
+    if settings.trainer == "trl":
+        formulas["logits"] = f"{load.tokens:,} tokens over {config.vocab_size:,} words, in TRL's tiles"
     for part, share in parallel.factors.items():
         if part in formulas and share != 1:
             formulas[part] += f", 1/{parallel.world} of it" if share else ", on the host"

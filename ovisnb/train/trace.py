@@ -72,6 +72,8 @@ class Step:
     """Shapes of the float32 inputs."""
     optimize: Callable[[nn.Module], tuple[int, int]]
     """Of a model whose gradients are there: (bytes of the optimizer's state, bytes that its step takes besides)."""
+    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
+    """Of a model and a batch, with its graph."""
     autocast: torch.dtype | None = None
     checkpointing: bool = False
     accumulates: bool = False
@@ -126,7 +128,7 @@ def trace(step: Step) -> Traced:
             ledger.part, ledger.phase = "other", "forward"
             ledger.reset_peak()
             with nullcontext() if step.autocast is None else torch.autocast("cpu", step.autocast):
-                loss = model(**batch, use_cache=False, num_items_in_batch=1).loss
+                loss = step.loss(model, batch)
             if loss.requires_grad:
                 loss.backward()
             running = ledger.peak, ledger.at_peak, ledger.when

@@ -178,6 +178,7 @@ MEASURED = {
     "packed, accumulated": {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "bf16": {"bf16": True},
     "adapters": {"use_lora": True, "lora_r": 8},
+    "trl": {"trainer": "trl"},
     "one step": {"max_steps": 1},
 }
 
