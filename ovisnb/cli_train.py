@@ -44,19 +44,22 @@ def plan(words: Sequence[str]) -> int:
     own, words = _plan_flags().parse_known_args(list(words))
     from ovisnb.train import Settings
     from ovisnb.train.plan import CARDS, memory_plan
+    from ovisnb.train.plan_model import planned_model
     from ovisnb.train.savings import savings
 
     settings = Settings.from_args(words)
     world = settings.num_processes or 1
-    made = memory_plan(settings, world_size=world, device=own.device)
+    config, read = planned_model(settings)
+    samples = read(settings)
+    made = memory_plan(settings, config, samples, world, own.device)
     say(made.text())
     cards = CARDS if own.gpu_memory is None else (own.gpu_memory,)
-    on_gpu = made if made.device == "cuda" else memory_plan(settings, world_size=world, device="cuda")
+    on_gpu = made if made.device == "cuda" else memory_plan(settings, config, samples, world, "cuda")
     fits = ", ".join(f"{card:g} GiB {'yes' if on_gpu.fits(card) else 'no'}" for card in cards)
     say(f"fits on a GPU of: {fits}")
     if own.gpu_memory is not None:
         say("what saves most, each alone:")
-        for change in savings(settings, on_gpu, world_size=world):
+        for change in savings(settings, on_gpu, config, read, world):
             say(f"  {'fits' if on_gpu.fits(own.gpu_memory, change.left) else '    '}  {change}")
     return 0
 

@@ -65,7 +65,7 @@ def test_mistakes_in_its_own_flags(config, capsys):
         main(["plan", config, "--gpu_memory", "none"])
     assert stopped.value.code == 2 and "--gpu_memory: 'none' is no number of GiB above 0" in capsys.readouterr().err
     assert main(["plan"]) == 1
-    assert "give model_path" in capsys.readouterr().err
+    assert "give model_path, or llm_name_or_path" in capsys.readouterr().err
 
 
 def test_its_help_names_settings_and_flags(capsys):

@@ -28,15 +28,14 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import logging
 
 from ovisnb.chat import Encoded
-from ovisnb.model import Ovis2_5Config, Ovis2_5ForConditionalGeneration, Ovis2_5ImageProcessor, loss, vision
+from ovisnb.model import Ovis2_5Config, Ovis2_5ForConditionalGeneration, loss, vision
 from ovisnb.model.adapters import KEPT_WHOLE
-from ovisnb.model.checkpoint import load_processor, read_config, read_json
 from ovisnb.train.configs import deepspeed_config
-from ovisnb.train.dataset import open_records
 from ovisnb.train.ledger import COPIES, GATHERED, PARTS, TRAFFIC
 from ovisnb.train.lora import adapted
 from ovisnb.train.modules import freeze, parameter_groups
-from ovisnb.train.plan_batch import Load, loads, read_samples
+from ovisnb.train.plan_batch import Load, loads
+from ovisnb.train.plan_model import image_limits, planned_model
 from ovisnb.train.plan_parallel import Parallel, parallel_of
 from ovisnb.train.settings import Settings, SettingsError
 from ovisnb.train.trace import Step, Traced, optimizer_memory, trace
@@ -127,7 +126,7 @@ def memory_plan(
 ) -> MemoryPlan:
     """The plan of a run with these settings.
 
-    config: the model's; None: that of model_path, whose weights are not read. samples: some of the training data, as
+    config: the model's; None: that of model_path, or of a new Ovis, whose weights are not read. samples: some of the training data, as
     `ovisnb.train.plan_batch.read_samples` reads them; None: those of data_path, and without data a batch as large as
     the settings allow; the same for an empty list. device: "cuda" or "cpu", None: what this machine trains on.
     middling: plan a middling batch of the data as well. batch: plan this one, whatever the data.
@@ -136,14 +135,11 @@ def memory_plan(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet(), torch.random.fork_rng(devices=[]):
-        config = planned_config(settings) if config is None else copy.deepcopy(config)
-        if samples is None and batch is None and settings.data_path:
-            records = open_records(settings.data_path, settings, names=settings.data_name, streaming=settings.streaming)
-            processor = load_processor(settings.model_path)
-            samples = read_samples(settings, records, processor)
-            ids = processor.visual_ids  # a released config.json does not know them
-            config.image_token_id, config.image_start_token_id, config.image_end_token_id = ids.all[:3]
-            config.video_start_token_id, config.video_end_token_id = ids.all[3:]
+        reads = samples is None and batch is None and bool(settings.data_path)
+        if config is None or reads:
+            named, read = planned_model(settings)
+            config, samples = config or named, read(settings) if reads else samples
+        config = copy.deepcopy(config)
         parallel = parallel_of(settings, world_size)
         largest, other = (batch, None) if batch else loads(settings, config, samples, image_limits(settings))
         traced = _traced(settings, config, largest, parallel, device)
@@ -165,20 +161,6 @@ def memory_plan(
         parallel=parallel.name,
         notes=tuple(notes),
     )
-
-
-def planned_config(settings: Settings) -> Ovis2_5Config:
-    """The model's config, without its weights; raises SettingsError where the settings name no model."""
-    if settings.model_path is None:
-        raise SettingsError("A memory plan needs the shape of the model: give model_path.")
-    return read_config(settings.model_path)[1]
-
-
-def image_limits(settings: Settings) -> Ovis2_5ImageProcessor:
-    """The image processor of model_path, for its pixel limits; the defaults where it has none."""
-    saved = read_json(settings.model_path, "preprocessor_config.json") if settings.model_path else {}
-    names = ("patch_size", "hidden_stride", "temporal_patch_size", "min_pixels", "max_pixels")
-    return Ovis2_5ImageProcessor(**{name: saved[name] for name in names if name in saved})
 
 
 def _step(settings: Settings, config: Ovis2_5Config, load: Load, parallel: Parallel, device: str) -> Step:
@@ -303,13 +285,17 @@ def _optimizing(settings: Settings, device: str) -> Callable[[nn.Module], tuple[
 
 def _bitsandbytes(model: nn.Module, name: str) -> int:
     """Bytes of state of its optimizers: one byte a number and 4 for each block of 256 (Dettmers et al. 2021, arXiv
-    2110.02861), or 4 bytes, also for tensors below 4,096 numbers. What is paged lies on the host."""
+    2110.02861), or 4 bytes, also for tensors below 4,096 numbers and for embeddings, as Trainer has it. What is paged
+    lies on the host."""
     if "paged" in name:
         return 0
     states = 1 if "lion" in name or "rmsprop" in name else 3 if "ademamix" in name else 2
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    small = 1 + 4 / 256 if "8bit" in name else 4
-    return int(states * sum(size * (4 if size < 4096 else small) for size in sizes))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found = 0.0
+    for parameter in model.parameters():
+        size = parameter.numel() if parameter.requires_grad else 0
+        found += size * (4 if "8bit" not in name or size < 4096 or id(parameter) in tables else 1 + 4 / 256)
+    return int(states * found)
 
 
 def _formulas(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ovisnb.chat import Encoded
 from ovisnb.model import Ovis2_5Config
-from ovisnb.train.plan import MemoryPlan, image_limits, memory_plan, planned_config, size_of
+from ovisnb.train.plan import MemoryPlan, memory_plan, size_of
+from ovisnb.train.plan_model import Read, image_limits, planned_model
 from ovisnb.train.settings import Settings, SettingsError
 
 LEAST = 0.02
@@ -36,12 +36,14 @@ def savings(
     settings: Settings,
     plan: MemoryPlan,
     config: Ovis2_5Config | None = None,
-    read: Callable[[Settings], Sequence[Encoded] | None] | None = None,
+    read: Read | None = None,
     world_size: int = 1,
 ) -> list[Saving]:
     """The changes that save memory, the most first. `plan` is that of the settings as they are; `read` gives samples
     of the data under changed limits (None: those of data_path are read)."""
-    config = planned_config(settings) if config is None else config
+    if config is None:
+        config, reads = planned_model(settings)
+        read = read or reads
     found = []
     for asked, remark in _changes(settings, config, plan, world_size):
         changes = {name: value for name, value in asked.items() if getattr(settings, name) != value}
