@@ -52,6 +52,8 @@ _ELSEWHERE = {
     *("max_steps", "save_steps", "logging_steps", "num_train_epochs", "learning_rate", "seed", "report_to"),
 }
 """Settings that no tensor of a step depends on, but through its model and batch."""
+LEAST = 1 / 1000
+"""Share of the peak below which parts are one line of a plan's text."""
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a number in NF4 with double quantization: blocks of 64 with a one-byte scale, 256 of these with a float32 one
 (QLoRA, arXiv 2305.14314)."""
@@ -96,7 +98,12 @@ class MemoryPlan:
         """A short table."""
         width = max(map(len, self.parts))
         lines = [f"memory of one {'GPU' if self.device == 'cuda' else 'process on the CPU'}, planned ({self.parallel})"]
-        lines += [f"  {part:<{width}}  {size_of(size):>9}  {self.formulas[part]}" for part, size in self.parts.items()]
+        shown = {part: size for part, size in self.parts.items() if size >= LEAST * self.total}
+        lines += [f"  {part:<{width}}  {size_of(size):>9}  {self.formulas[part]}" for part, size in shown.items()]
+        if rest := self.total - sum(shown.values()):
+            lines.append(
+                f"  {'rest':<{width}}  {size_of(rest):>9}  {', '.join(part for part in self.parts if part not in shown)}"
+            )
         lines.append(f"  {'peak':<{width}}  {size_of(self.total):>9}  in the {self.when}; batch: {self.batch}")
         for moment, size in self.peaks.items():
             if size < self.total:
@@ -314,7 +321,7 @@ def _formulas(
     atoms = load.patches // tower.hidden_stride**2
     formulas = {
         "weights": f"{_billions(traced.weights)} numbers, {kind}",
-        COPIES: "of weights: made by autocast, or whole again from 4 bit",
+        COPIES: "of weights: " + ("whole again from 4 bit" if settings.load_in_4bit else "made by autocast"),
         GATHERED: f"of the layers in use, from {parallel.world} processes",
         "gradients": f"of {_billions(traced.trained)} trained numbers"
         + ("" if parts.get("gradients", 0) or traced.when == "optimizer step" else ", none at this moment"),

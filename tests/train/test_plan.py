@@ -150,7 +150,8 @@ def test_the_parts_add_up_and_each_says_where_it_comes_from(tmp_path):
     assert plan.parts.keys() <= set(PARTS)
     text = plan.text()
     for part, size in plan.parts.items():
-        assert f"{part} " in text and size_of(size) in text and plan.formulas[part] in text
+        assert part in text and (size < plan.total / 1000 or size_of(size) in text and plan.formulas[part] in text)
+    assert "rest " not in text or min(plan.parts.values()) < plan.total / 1000
     assert "3 samples" not in text and "1 sample, 90 tokens" in text
 
 
@@ -238,6 +239,7 @@ def test_savings_come_in_their_order_with_what_each_leaves(tmp_path):
     assert [each.saves for each in found] == sorted((each.saves for each in found), reverse=True)
     changes = [each.changes for each in found]
     assert {"gradient_checkpointing": True} in changes
+    assert not any("attn_implementation" in change for change in changes)
     half = next(each for each in found if "per_device_train_batch_size" in each.changes)
     assert half.changes == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert half.saves == plan.total - half.left
@@ -282,6 +284,13 @@ def test_a_step_of_the_same_shape_is_traced_once(tmp_path, monkeypatch):
     memory_plan(of(tmp_path), shape(layers=3), [one])
     memory_plan(of(tmp_path), config, [one], device="cuda")
     assert len(calls) == 7
+
+
+def test_a_table_of_attention_scores_is_named_where_it_can_be_left_out(tmp_path):
+    config, settings = shape(), of(tmp_path, attn_implementation="eager")
+    samples = samples_of([(700, 0)], config)
+    found = savings(settings, memory_plan(settings, config, samples), config, read=lambda changed: samples)
+    assert {"attn_implementation": "sdpa"} in [each.changes for each in found[:2]]
 
 
 def test_data_is_read_where_the_settings_name_it(golden, tmp_path):
