@@ -213,7 +213,7 @@ def test_demo_runs_its_notebooks_in_order_and_stops_at_the_first_failure(tmp_pat
         )
         for name in wanted
     ]
-    assert list(notebooks.DEMO) == [*wanted, "06_grounding"]
+    assert list(notebooks.DEMO) == [*wanted, "04_lora", "06_grounding"]
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -115,7 +115,7 @@ def test_pictures_in_the_data_and_odd_values(tmp_path, cache):
     entry["conversations"] = [{"from": "human", "value": "<image>"}]
     text = local._to_json(entry, pictures, record)
     assert pictures == [b"\xff\0", b"raw"]
-    row = {"record": text, "pictures": pictures, "source": "s:1", "folder": None, "notes": ["a note"]}
+    row = {"record": text, "pictures": pictures, "source": "s:1", "folder": None, "notes": ["a note"], "bad": None}
     back = local._record(row)
     assert back.images[0].data == b"\xff\0" and back.notes == ("a note",) and back.source == "s:1"
     assert back.meta == {"raw": b"raw", "when": "2024-01-02", "odd": {local._BYTES: 99}}

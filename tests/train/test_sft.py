@@ -306,7 +306,11 @@ def test_datasets_in_place_of_files(toy, golden, tmp_path):
 
 
 def test_workers_share_a_stream_without_repeats():
-    stream = EncodedStream(range(10), encoder=int)
+    class Plain:
+        def sample(self, read):
+            return read()
+
+    stream = EncodedStream(range(10), encoder=Plain())
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(loader) == list(range(10))
 

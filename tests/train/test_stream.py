@@ -102,6 +102,7 @@ def test_what_was_read_is_not_read_again(toy, tmp_path, monkeypatch, workers):
             yield example
 
     monkeypatch.setattr("ovisnb.data.stream.read_piece", noting)
+    monkeypatch.setattr("ovisnb.train.sft.plan_run", lambda *run: None)  # it looks at some of the data first
     settings = toy(count=600, max_steps=100, save_steps=100, dataloader_num_workers=workers, learning_rate=0)
     run_sft(settings)
     first = read.read_text().split()
@@ -133,9 +134,10 @@ def test_what_does_not_go_together_is_refused(toy, tmp_path):
         run_sft(toy(max_steps=3, streaming=False, data_path=str(tmp_path / "data.jsonl")))
     with pytest.raises((RecordError, RecordEncodingError), match="the seed changed since its state was taken"):
         run_sft(toy(max_steps=3, seed=7))
-    (folder / "checkpoint-2" / PLACES).unlink()
+    plain = {"output_dir": str(tmp_path / "plain"), "data_path": str(tmp_path / "data.jsonl")}
+    run_sft(toy(max_steps=2, save_steps=2, streaming=False, **plain))
     with pytest.raises(SettingsError, match="was not trained on a stream"):
-        run_sft(toy(max_steps=3))
+        run_sft(toy(max_steps=3, **plain))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
