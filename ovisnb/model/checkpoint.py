@@ -153,14 +153,24 @@ def load(
 @contextmanager
 def quiet():
     """Without transformers' bars and reports: what is wrong is said once, by us."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
+    try:
+        with no_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def no_bars():
+    """Without the bars that transformers draws for every checkpoint it writes or reads."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
+        if shown:
             logging.enable_progress_bar()
 
 

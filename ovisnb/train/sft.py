@@ -20,8 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging
 
 from ovisnb.data.files import write_json
 from ovisnb.data.stream import RecordStream
 from ovisnb.model import load, save
+from ovisnb.model.checkpoint import no_bars
 from ovisnb.train.arguments import training_arguments
 from ovisnb.train.callbacks import MetricsFile, ProgressLines
 from ovisnb.train.checkpoints import bytes_of, last_checkpoint, step_of, told_when_full
@@ -102,7 +101,7 @@ def run_sft(
         unset_hf_deepspeed_config()  # of an earlier run of this process: the model would be loaded in ZeRO-3's parts
     checkpoint = last_checkpoint(folder, tell=print if arguments.process_index == 0 else None)
     if model is None:
-        with _no_bars():
+        with no_bars():
             model, processor = starting_model(settings, checkpoint, arguments)
     if isinstance(model, PeftModel):
         raise SettingsError(
@@ -188,7 +187,7 @@ def run_sft(
         stop = CleanStop(trainer, settings)
         trainer.add_callback(stop)
         plan_run(trainer, records, encoder)
-        with _no_bars(), held(folder), stop.watching(), told_when_full(folder, folder):
+        with no_bars(), held(folder), stop.watching(), told_when_full(folder, folder):
             if arguments.process_index == 0:
                 (folder / FINAL).unlink(missing_ok=True)  # from now on final/ is of an earlier end
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -200,7 +199,7 @@ def run_sft(
             final = folder / "final"
             for part in folder.glob(f".{final.name}-*"):  # of a run that was killed while it wrote it
                 shutil.rmtree(part, ignore_errors=True)
-            with _no_bars(), told_when_full(final, folder, takes=bytes_of(trained_model)):
+            with no_bars(), told_when_full(final, folder, takes=bytes_of(trained_model)):
                 save(trained_model, processor, final, safe=settings.stage not in (1, 2))
                 write_json({"step": step}, folder / FINAL)
             print(f"saved {final}" + (f": {best}" if best else ""), flush=True)
@@ -264,18 +263,6 @@ def _tensorboard(settings: Settings, checkpoint: Path | None) -> Iterable[Traine
     # what a stopped run wrote after its checkpoint is hidden
     step = step_of(checkpoint) + 1 if checkpoint else None
     return [TensorBoardCallback(SummaryWriter(Path(settings.output_dir) / "tensorboard", purge_step=step))]
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the bar that transformers draws for every checkpoint it writes or reads."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _is_json(path: Path) -> bool:
