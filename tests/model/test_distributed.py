@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,28 +17,18 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from ovisnb.chat import collate
 from ovisnb.model import load
+from tests.train.together import ENVIRONMENT, PATH, TORCHRUN
 
 from . import distributed_worker as worker
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATH = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])  # pip installs a ninja there
 
 
 def train_together(kind: str, folder: Path, limit: float) -> list[tuple[dict, dict]]:
     """(what it ran under, its tensors) of each of two processes; fails, with what they printed, after `limit` seconds."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
-        "PATH": PATH,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     printed = folder / "printed.txt"
     with open(printed, "wb") as out:
         process = subprocess.Popen(
-            [*run, worker.__file__, kind, str(folder)],
-            env=environment,
+            [*TORCHRUN, worker.__file__, kind, str(folder)],
+            env=ENVIRONMENT,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -17,14 +17,14 @@ PIXELS = {
 }
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Eight records in a file, with answers of very different lengths, one of text only, one of two images."""
+def write_data(folder, sizes):
+    """A file of a record for each size of picture, with answers of very different lengths, one of text only, one of two
+    images."""
     chance = random.Random(0)
     records = []
-    for number in range(8):
+    for number, size in enumerate(sizes):
         name = f"{number}.png"
-        Image.new("RGB", (64, 48), tuple(chance.randrange(256) for _ in range(3))).save(tmp_path / name)
+        Image.new("RGB", size, tuple(chance.randrange(256) for _ in range(3))).save(folder / name)
         records.append(
             {
                 "id": f"r{number}",
@@ -39,9 +39,15 @@ def data(tmp_path):
     records[3]["conversations"][0]["value"] = "<image> and <image>?"
     del records[5]["image"]
     records[5]["conversations"][0]["value"] = "Hello"
-    file = tmp_path / "data.jsonl"
+    file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eight records in a file."""
+    return write_data(tmp_path, [(64, 48)] * 8)
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torch.utils.data import SequentialSampler
 
 from ovisnb.chat import encode
@@ -19,7 +17,7 @@ from ovisnb.train.batches import LENGTHS, UNKNOWN, PlannedBatches, measure_recor
 from ovisnb.train.callbacks import read_metrics
 from ovisnb.train.dataset import EncodedRecords, Encoder, RecordEncodingError, open_records
 from ovisnb.train.trainer import SftTrainer
-from tests.train.conftest import PIXELS
+from tests.train.conftest import PIXELS, write_data
 from tests.train.test_sft import StopAt, weights
 
 lengths = st.lists(st.builds(Length, st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=60)
@@ -94,20 +92,8 @@ def test_a_sample_over_the_budget_is_refused():
 
 @pytest.fixture
 def data(tmp_path):
-    """Twelve records of very different lengths, one of them text only, one of two pictures."""
-    records = []
-    for number in range(12):
-        Image.new("RGB", (32 * (1 + number % 3), 48), (20 * number, 9, 99)).save(tmp_path / f"{number}.png")
-        question, answer = "<image>\nWhat is this?", "a colour " * (1 + number)
-        said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": said})
-    records[3]["image"] = ["3.png", "4.png"]
-    records[3]["conversations"][0]["value"] = "<image> and <image>?"
-    del records[5]["image"]
-    records[5]["conversations"][0]["value"] = "Hello"
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
+    """Twelve records, with pictures of three sizes."""
+    return write_data(tmp_path, [(32 * (1 + number % 3), 48) for number in range(12)])
 
 
 @pytest.fixture
